@@ -1,0 +1,145 @@
+"""Run data through a `Network` once and keep one `Sketch` per tensor, on one process or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from intact.errors import CalibrationError
+from intact.network import Network, TensorSpec
+from intact.sketch import BUCKETS, Sketch
+
+__all__ = ["Batch", "calibrate"]
+
+Images: TypeAlias = torch.Tensor | npt.NDArray[Any]
+Batch: TypeAlias = Images | tuple[Images, Any] | list[Any]
+"""`[N, *input shape]` of any floating type; or a pair of it and labels, which are ignored."""
+
+
+def calibrate(
+    network: Network, batches: Iterable[Batch], progress: Callable[[int], object] | None = None
+) -> dict[str, Sketch]:
+    """Sketch the input and every op's result (fused clamps applied) over all batches.
+
+    progress  called after each batch with the number of images seen so far
+    returns   tensor name -> `Sketch`, in the order of execution
+
+    Memory does not grow with the data. The result is the same, bit for bit, for the same batches in
+    any order. Under `torch.distributed`, when a process group is initialized, each process brings
+    its own share of the batches (none at all, perhaps) and all return the sketches of all batches,
+    equal to those of one process. How images are grouped into batches may matter, as torch's
+    kernels may round differently at another batch size.
+
+    `CalibrationError` when there are no batches, and for a batch that is empty, of the wrong shape
+    or type, or that drives a tensor to NaN or infinity; it names batch and tensor.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        sketches = _sketch_all(network, batches, progress)
+        if not sketches:
+            raise _no_batches()
+        return sketches
+    failed = True
+    try:
+        sketches = _sketch_all(network, batches, progress)
+        failed = False
+    finally:  # whoever fails must still meet the others, or they would wait for it in vain
+        failures = torch.tensor([failed], dtype=torch.int64, device=_device())
+        dist.all_reduce(failures)
+    if failures.item():
+        raise CalibrationError(
+            f"calibration failed in {failures.item()} other process(es); see their messages."
+        )
+    order = (network.input, *(op.name for op in network.ops))
+    return {name: _reduce(sketches.get(name), network.tensors[name]) for name in order}
+
+
+def _sketch_all(
+    network: Network, batches: Iterable[Batch], progress: Callable[[int], object] | None
+) -> dict[str, Sketch]:
+    """The sketches of this process's own batches; empty if it has none."""
+    sketches: dict[str, Sketch] = {}
+    images = 0
+
+    def look(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        sketch = Sketch.of(tensor.cpu().numpy(), f"tensor {name!r}")
+        sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
+        return tensor
+
+    with torch.inference_mode():
+        for index, batch in enumerate(batches):
+            try:
+                x = _images(batch, network.tensors[network.input])
+                network(x.to(_home(network.parameters)), look)
+            except CalibrationError as error:
+                raise CalibrationError(f"calibration batch {index}: {error}") from error
+            images += len(x)
+            if progress is not None:
+                progress(images)
+    return sketches
+
+
+def _images(batch: Batch, spec: TensorSpec) -> torch.Tensor:
+    """The images of a batch as float32, or a `CalibrationError`."""
+    given = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(given, torch.Tensor | np.ndarray):
+        raise CalibrationError(
+            f"a batch is a tensor or an array, or a pair of one and labels, not a "
+            f"{type(given).__name__}."
+        )
+    x = torch.as_tensor(given)
+    if not x.is_floating_point():
+        raise CalibrationError(
+            f"the images are {x.dtype}. Give them as float32, normalised as in training."
+        )
+    if tuple(x.shape[1:]) != spec.shape or x.ndim == 0:
+        hint = " Put it in a list: that is one image." if tuple(x.shape) == spec.shape else ""
+        raise CalibrationError(
+            f"its shape is {list(x.shape)}, but the network takes "
+            f"[N, {', '.join(map(str, spec.shape))}].{hint}"
+        )
+    if len(x) == 0:
+        raise CalibrationError("it holds no images.")
+    return x.to(torch.float32)
+
+
+def _home(parameters: Mapping[str, torch.Tensor]) -> torch.device:
+    """Where the network computes."""
+    return next((p.device for p in parameters.values()), torch.device("cpu"))
+
+
+def _device() -> torch.device:
+    """Where the process group wants its tensors: NCCL moves nothing but GPU memory."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _reduce(sketch: Sketch | None, spec: TensorSpec) -> Sketch:
+    """The sketch of all processes' data for one tensor; None for a process that saw no data."""
+    if sketch is None:
+        channels = spec.shape[0] if spec.shape else 1
+        sums = np.zeros((3, BUCKETS), np.int64)
+        extremes = np.full((2, channels), -np.inf, np.float32)
+    else:
+        sums = np.stack([sketch.counts, sketch.low_sums, sketch.low_squares])
+        extremes = np.stack([-sketch.channel_min, sketch.channel_max])  # so that MAX does for both
+    total = torch.from_numpy(sums).to(_device())
+    bounds = torch.from_numpy(extremes).to(_device())
+    dist.all_reduce(total, dist.ReduceOp.SUM)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    sums, extremes = total.cpu().numpy(), bounds.cpu().numpy()
+    if not sums[0].any():
+        raise _no_batches()
+    # A minimum of 0.0 is -0.0 by now, of which 0 - x makes 0.0 again.
+    return Sketch(sums[0], sums[1], sums[2], 0 - extremes[0], extremes[1])
+
+
+def _no_batches() -> CalibrationError:
+    return CalibrationError(
+        "there are no calibration batches. Give at least one; a generator can be used only once."
+    )

@@ -1,0 +1,146 @@
+"""Sketches and a recipe -> one quantization grid per tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from intact.arithmetic import QParams, code_range
+from intact.errors import CalibrationError
+from intact.network import Network, TensorSpec
+from intact.ops import Add, Clamp, Concat, Op, Requantize, accumulates, moves_codes
+from intact.ranges import affine_grid, choose_range
+from intact.recipe import ActivationRecipe, InputRecipe, Recipe
+from intact.sketch import Sketch
+
+__all__ = ["align", "choose_qparams", "grid_for_range"]
+
+
+def align(network: Network) -> Network:
+    """Insert a `Requantize` before every add and concat operand that needs one.
+
+    Operands and result of an add (and of a concat) share one grid (arithmetic.md, section 4). An
+    operand whose producer requantizes anyway, and that nobody else reads, is requantized straight
+    to that grid; any other goes through an operation of its own, `<add>.requantize<i>`, which is
+    the identity in the float network.
+    """
+    producers = {op.name: op for op in network.ops}
+    reads = [tensor for op in network.ops for tensor in op.inputs] + [network.output]
+
+    def steerable(tensor: str) -> bool:
+        if reads.count(tensor) != 1 or tensor not in producers:
+            return False
+        op = producers[tensor]
+        return accumulates(op) or (moves_codes(op) and steerable(op.inputs[0]))
+
+    ops: list[Op] = []
+    tensors: dict[str, TensorSpec] = dict(network.tensors)
+    for op in network.ops:
+        if isinstance(op, Add | Concat):
+            inputs = list(op.inputs)
+            for i, tensor in enumerate(op.inputs):
+                if not steerable(tensor):
+                    inputs[i] = f"{op.name}.requantize{i}"
+                    ops.append(Requantize(inputs[i], (tensor,)))
+                    tensors[inputs[i]] = TensorSpec(network.tensors[tensor].shape)
+            op = replace(op, inputs=tuple(inputs))  # noqa: PLW2901
+        ops.append(op)
+    return replace(network, ops=tuple(ops), tensors=tensors)
+
+
+def choose_qparams(
+    network: Network, sketches: Mapping[str, Sketch], recipe: Recipe
+) -> dict[str, QParams]:
+    """One grid per tensor of an aligned network.
+
+    network   as `align` returns it
+    sketches  tensor -> `Sketch`, from `calibrate`; not needed for inserted `Requantize` ops
+    returns   tensor -> `QParams`, code ranges narrowed by fused clamps
+
+    Ops that only move codes keep the grid of their input. An add decides for its operands, by what
+    operands and result hold together: its result alone would not do, as a ReLU that is fused into
+    the add hides that operands are negative. A concat decides for its operands likewise.
+    """
+    recipe.check_layers(op.name for op in network.ops)
+    decider: dict[str, str] = {network.input: network.input}
+    for op in network.ops:
+        decider[op.name] = decider[op.inputs[0]] if moves_codes(op) else op.name
+    for op in reversed(network.ops):  # what an add decides goes back through what moves codes
+        if isinstance(op, Add | Concat) or moves_codes(op):
+            for tensor in op.inputs:
+                decider[tensor] = decider[op.name]
+    grids: dict[str, QParams] = {}
+    for name in dict.fromkeys(decider.values()):
+        sketch = _sketch_of(name, network, sketches)
+        if name == network.input:
+            grids[name] = _input_grid(sketch, recipe.input)
+            continue
+        spec = recipe.for_activations(name, is_output=name == decider[network.output])
+        symmetric = spec.scheme != "affine"
+        low, high = choose_range(sketch, spec.range, bits=spec.bits, symmetric=symmetric)
+        grids[name] = grid_for_range(low, high, spec)
+
+    result = {network.input: grids[decider[network.input]]}
+    for op in network.ops:
+        grid = grids[decider[op.name]]
+        if isinstance(op, Concat):
+            parts = [result[i] for i in op.inputs]
+            qmin, qmax = min(p.qmin for p in parts), max(p.qmax for p in parts)
+        elif moves_codes(op) and not isinstance(op, Clamp):
+            qmin, qmax = result[op.inputs[0]].qmin, result[op.inputs[0]].qmax
+        else:
+            spec_ = network.tensors[op.name]
+            qmin, qmax = _code(spec_.low, grid), _code(spec_.high, grid)
+        result[op.name] = replace(grid, qmin=qmin, qmax=qmax)
+    return result
+
+
+def _sketch_of(name: str, network: Network, sketches: Mapping[str, Sketch]) -> Sketch:
+    """What a grid has to serve: the tensor, and for an add its operands too."""
+    op = next((op for op in network.ops if op.name == name), None)
+    if isinstance(op, Requantize):
+        return _sketch_of(op.inputs[0], network, sketches)
+    if name not in sketches:
+        raise CalibrationError(f"tensor {name!r} has no Sketch: calibrate the same network.")
+    sketch = sketches[name]
+    if isinstance(op, Add):
+        for tensor in op.inputs:
+            sketch = sketch.merge(_sketch_of(tensor, network, sketches))
+    return sketch
+
+
+def grid_for_range(low: float, high: float, spec: ActivationRecipe) -> QParams:
+    """The grid that covers `[low, high]`, a range that contains 0; see `recipe.Scheme`."""
+    signed = spec.scheme != "affine"
+    qmin, qmax = code_range(spec.bits, signed)
+    if low == high:  # nothing but zeros: any scale will do
+        return QParams((1.0,), 0, qmin, qmax, spec.bits, signed)
+    if signed:
+        divisor = -qmin if spec.scheme == "textbook" else qmax
+        return QParams((_float32(max(-low, high) / divisor),), 0, qmin, qmax, spec.bits, signed)
+    scale, zero_point = affine_grid(low, high, spec.bits)
+    return QParams((_float32(scale),), zero_point, qmin, qmax, spec.bits, signed)
+
+
+def _input_grid(sketch: Sketch, spec: InputRecipe) -> QParams:
+    symmetric = spec.scheme != "affine"
+    low, high = choose_range(sketch, spec.range, bits=spec.bits, symmetric=symmetric)
+    if not spec.power_of_two or low == high:
+        return grid_for_range(low, high, ActivationRecipe(spec.bits, spec.scheme, spec.range))
+    signed = sketch.min < 0
+    qmin, qmax = code_range(spec.bits, signed)
+    exponent = math.ceil(math.log2(max(high, -low) / (qmax + 1)))
+    return QParams((2.0**exponent,), 0, qmin, qmax, spec.bits, signed)
+
+
+def _code(bound: float, grid: QParams) -> int:
+    """The code of a clamp's bound, saturated to the code range."""
+    code = np.rint(np.float64(bound) / grid.scale[0]) + grid.zero_point
+    return int(np.clip(code, grid.qmin, grid.qmax))
+
+
+def _float32(value: float) -> float:
+    return max(float(np.float32(value)), float(np.finfo(np.float32).tiny))

@@ -1,0 +1,165 @@
+"""The reference engine: NumPy, integers only, the definition of every op.
+
+Each op is a few lines of `docs/arithmetic.md`. Short before fast: sums are int64, in which nothing
+that a valid program can do overflows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+from typing_extensions import assert_never
+
+from intact.arithmetic import requantize
+from intact.engines import CodesHook, empty_batch
+from intact.ops import (
+    Add,
+    AvgPool2d,
+    Clamp,
+    Concat,
+    Conv2d,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Op,
+    Padding,
+    Pair,
+    Permute,
+    Requantize,
+    Reshape,
+    last_uses,
+)
+from intact.program import Program
+
+__all__ = ["ReferenceEngine"]
+
+Array = npt.NDArray[Any]
+
+PATCH_ELEMENTS = 2**23
+"""How many int64 elements the patches of a convolution may have at a time, about."""
+
+
+class ReferenceEngine:
+    """Runs a program in NumPy, op by op, on codes."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._freed = last_uses(program.ops, (program.output,))
+        largest = max(
+            (
+                math.prod(program.tensors[op.name].shape[1:])
+                * op.groups
+                * program.parameters[f"{op.name}.weight"][0].size
+                for op in program.ops
+                if isinstance(op, Conv2d)
+            ),
+            default=1,
+        )
+        self._slice = max(1, min(64, PATCH_ELEMENTS // largest))
+
+    def __call__(self, codes: Array, hook: CodesHook | None = None) -> Array:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+
+        hook  called per slice of the batch
+        """
+        self.program.check_codes(codes)
+        if not len(codes):
+            return empty_batch(self.program)
+        starts = range(0, len(codes), self._slice)
+        return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
+
+    def _run(self, codes: Array, hook: CodesHook | None) -> Array:
+        values = {self.program.input: codes}
+        if hook:
+            hook(self.program.input, codes)
+        for op in self.program.ops:
+            values[op.name] = run_op(self.program, op, [values[i] for i in op.inputs])
+            if hook:
+                hook(op.name, values[op.name])
+            for tensor in self._freed.get(op.name, ()):
+                del values[tensor]
+        return values[self.program.output]
+
+
+def run_op(program: Program, op: Op, inputs: list[Array]) -> Array:
+    """One op: codes `[N, ...]` in, codes `[N, ...]` out.  arithmetic.md, sections 2 to 4."""
+    out = program.tensors[op.name].qparams
+    zeros = [program.tensors[i].qparams.zero_point for i in op.inputs]
+    q = inputs[0]
+    match op:
+        case Conv2d():
+            weight = program.parameters[f"{op.name}.weight"]
+            x = pad(q.astype(np.int64) - zeros[0], op.padding, 0)
+            return _finish(program, op, convolve(x, weight, op.stride, op.dilation, op.groups), 1)
+        case Linear():
+            weight = program.parameters[f"{op.name}.weight"]
+            x = q.astype(np.int64) - zeros[0]
+            return _finish(program, op, x @ weight.astype(np.int64).T, -1)
+        case AvgPool2d():
+            x = pad(q.astype(np.int64) - zeros[0], op.padding, 0)
+            return _finish(program, op, windows(x, op.kernel, op.stride, (1, 1)).sum((-2, -1)), 1)
+        case GlobalAvgPool():
+            x = q.astype(np.int64) - zeros[0]
+            return _finish(program, op, x.sum((-2, -1), keepdims=True), 1)
+        case Requantize():
+            return _finish(program, op, q.astype(np.int64) - zeros[0], 1)
+        case Add():
+            acc = (q.astype(np.int64) - zeros[0]) + (inputs[1].astype(np.int64) - zeros[1])
+            summed: Array = np.clip(acc + out.zero_point, out.qmin, out.qmax).astype(out.dtype)
+            return summed
+        case Clamp():
+            return np.clip(q, out.qmin, out.qmax)
+        case Concat():
+            return np.concatenate(inputs, axis=op.axis + 1)
+        case MaxPool2d():
+            x = pad(q, op.padding, np.iinfo(q.dtype).min)
+            largest: Array = windows(x, op.kernel, op.stride, op.dilation).max((-2, -1))
+            return largest
+        case Reshape():
+            return q.reshape(len(q), *op.shape)
+        case Permute():
+            return np.transpose(q, (0, *(a + 1 for a in op.axes)))
+        case _:
+            assert_never(op)
+
+
+def _finish(program: Program, op: Op, acc: Array, axis: int) -> Array:
+    """Add the bias and requantize; `axis` of the accumulators is that of the output channels."""
+    shape = [1] * acc.ndim
+    shape[axis] = -1
+    bias = program.parameters.get(f"{op.name}.bias")
+    if bias is not None:
+        acc = acc + bias.astype(np.int64).reshape(shape)
+    multiplier = program.parameters[f"{op.name}.multiplier"].reshape(shape)
+    return requantize(acc, multiplier, program.tensors[op.name].qparams)
+
+
+def pad(x: Array, padding: Padding, value: int) -> Array:
+    """Pad height and width of `[N, C, H, W]` with a constant."""
+    top, bottom, left, right = padding
+    return np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=value)
+
+
+def windows(x: Array, kernel: Pair, stride: Pair, dilation: Pair) -> Array:
+    """All windows over `[N, C, H, W]`: a view of shape `[N, C, H', W', kh, kw]`."""
+    reach = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
+    view = sliding_window_view(x, reach, axis=(2, 3))
+    (sh, sw), (dh, dw) = stride, dilation
+    return np.asarray(view[:, :, ::sh, ::sw, ::dh, ::dw])
+
+
+def convolve(x: Array, weight: Array, stride: Pair, dilation: Pair, groups: int) -> Array:
+    """Cross-correlation of integers: `[N, C, H, W]`, `[O, C / g, kh, kw]` -> `[N, O, H', W']`."""
+    out_channels, in_channels, kh, kw = weight.shape
+    patches = windows(x, (kh, kw), stride, dilation)
+    n, _, height, width = patches.shape[:4]
+    # [N, g, H'W', (C / g) kh kw] times [g, (C / g) kh kw, O / g]
+    grouped = patches.reshape(n, groups, in_channels, height, width, kh, kw)
+    columns = grouped.transpose(0, 1, 3, 4, 2, 5, 6).reshape(n, groups, height * width, -1)
+    kernel = weight.astype(np.int64).reshape(groups, out_channels // groups, -1)
+    acc = columns @ kernel.transpose(0, 2, 1)
+    return np.asarray(acc.transpose(0, 1, 3, 2).reshape(n, out_channels, height, width))

@@ -1,0 +1,46 @@
+"""The errors that users catch. Each says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CalibrationError",
+    "CaptureError",
+    "DataError",
+    "IntactError",
+    "ProgramError",
+    "QParamsError",
+    "RecipeError",
+    "StorageError",
+]
+
+
+class IntactError(Exception):
+    """Base of every error that `intact` raises on purpose."""
+
+
+class QParamsError(IntactError):
+    """Quantization parameters that cannot be: a scale of 0, an odd zero point, an empty range."""
+
+
+class CaptureError(IntactError):
+    """A module that cannot become a `Network`; lists every offender."""
+
+
+class CalibrationError(IntactError):
+    """Calibration data that cannot be used: none at all, NaN, infinite, the wrong shape."""
+
+
+class RecipeError(IntactError):
+    """A recipe that is malformed, or that names a layer or method which does not exist."""
+
+
+class ProgramError(IntactError):
+    """An integer program that breaks its own rules, or input codes that do not fit it."""
+
+
+class StorageError(IntactError):
+    """A file that cannot be read or written, or is not what it claims to be."""
+
+
+class DataError(IntactError):
+    """A data set that is missing, damaged or of the wrong layout."""

@@ -1,0 +1,185 @@
+"""The float network: typed ops in topological order, and the one interpreter that runs them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from typing_extensions import assert_never
+
+from intact.errors import IntactError
+from intact.ops import (
+    Add,
+    AvgPool2d,
+    Clamp,
+    Concat,
+    Conv2d,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Op,
+    Padding,
+    Pair,
+    Permute,
+    Requantize,
+    Reshape,
+    Shape,
+    last_uses,
+    output_shape,
+    weighted,
+)
+
+__all__ = ["Network", "TensorSpec", "pad"]
+
+Hook = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a float network: the shape of one sample, and the clamp fused into it.
+
+    `low = 0` is a ReLU; `low = 0, high = 6` a ReLU6; the defaults are no clamp at all.
+    """
+
+    shape: Shape
+    low: float = -math.inf
+    high: float = math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A float network, captured: batch norm folded, dropout gone, activations fused.
+
+    input       name of the input tensor
+    output      name of the output tensor
+    ops         in topological order; an op's result carries its name
+    tensors     input and every op's name -> `TensorSpec`
+    parameters  `<op>.weight` and, where there is one, `<op>.bias` -> float32
+    sources     op -> the user's source line, for messages
+
+    `network(x)` runs it in torch, differentiably, on whatever device the parameters are.
+    """
+
+    input: str
+    output: str
+    ops: tuple[Op, ...]
+    tensors: Mapping[str, TensorSpec]
+    parameters: Mapping[str, torch.Tensor]
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tensors", "parameters", "sources"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        known = {self.input}
+        for op in self.ops:
+            for tensor in op.inputs:
+                if tensor not in known:
+                    raise IntactError(f"op {op.name!r} reads {tensor!r} before it is computed.")
+            if op.name in known or op.name not in self.tensors:
+                raise IntactError(f"op {op.name!r} is defined twice or has no TensorSpec.")
+            known.add(op.name)
+            weight = self.parameters.get(f"{op.name}.weight")
+            if weighted(op) and weight is None:
+                raise IntactError(f"op {op.name!r} has no weight.")
+            shapes = [self.tensors[i].shape for i in op.inputs]
+            shape = output_shape(op, shapes, None if weight is None else tuple(weight.shape))
+            if shape != self.tensors[op.name].shape:
+                raise IntactError(
+                    f"op {op.name!r} yields {list(shape)}, but its TensorSpec says "
+                    f"{list(self.tensors[op.name].shape)}."
+                )
+        if self.output not in known:
+            raise IntactError(f"the output {self.output!r} is computed by no op.")
+
+    def __call__(self, x: torch.Tensor, hook: Hook | None = None) -> torch.Tensor:
+        """Run a batch: `[N, *input shape]` float32 -> `[N, *output shape]` float32.
+
+        hook  called as `hook(name, tensor)` for the input and every op's result, fused clamp
+              applied; what it returns takes the tensor's place. Calibration looks and returns the
+              tensor, fake quantization returns another.
+        """
+        spec = self.tensors[self.input]
+        if tuple(x.shape[1:]) != spec.shape:
+            raise IntactError(
+                f"the network takes batches of shape [N, {', '.join(map(str, spec.shape))}], not "
+                f"{list(x.shape)}."
+            )
+        see = hook or (lambda _, tensor: tensor)
+        freed = last_uses(self.ops, (self.output,))
+        values = {self.input: see(self.input, x)}
+        for op in self.ops:
+            result = self._run(op, [values[i] for i in op.inputs])
+            out = self.tensors[op.name]
+            if out.low == 0 and out.high == math.inf:
+                result = torch.relu(result)
+            elif out.low != -math.inf or out.high != math.inf:
+                result = torch.clamp(result, out.low, out.high)
+            values[op.name] = see(op.name, result)
+            for tensor in freed.get(op.name, ()):
+                del values[tensor]
+        return values[self.output]
+
+    def _run(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
+        x = inputs[0]
+        match op:
+            case Conv2d():
+                weight = self.parameters[f"{op.name}.weight"]
+                bias = self.parameters.get(f"{op.name}.bias")
+                x, padding = pad(x, op.padding, 0.0)
+                return F.conv2d(x, weight, bias, op.stride, padding, op.dilation, op.groups)
+            case Linear():
+                weight = self.parameters[f"{op.name}.weight"]
+                return F.linear(x, weight, self.parameters.get(f"{op.name}.bias"))
+            case Add():
+                return x + inputs[1]
+            case Concat():
+                return torch.cat(inputs, dim=op.axis + 1)
+            case MaxPool2d():
+                x, padding = pad(x, op.padding, -math.inf, op.kernel)
+                return F.max_pool2d(x, op.kernel, op.stride, padding, op.dilation)
+            case AvgPool2d():
+                x, padding = pad(x, op.padding, 0.0, op.kernel)
+                return F.avg_pool2d(x, op.kernel, op.stride, padding)
+            case GlobalAvgPool():
+                return x.mean((-2, -1), keepdim=True)
+            case Reshape():
+                return x.reshape(len(x), *op.shape)
+            case Permute():
+                return x.permute(0, *(a + 1 for a in op.axes))
+            case Clamp() | Requantize():
+                return x
+            case _:
+                assert_never(op)
+
+    def with_parameters(self, parameters: Mapping[str, torch.Tensor]) -> Network:
+        """The same network with some parameters replaced, each by one of the same shape."""
+        for name, tensor in parameters.items():
+            if name not in self.parameters or tensor.shape != self.parameters[name].shape:
+                raise IntactError(f"there is no parameter {name!r} of shape {list(tensor.shape)}.")
+        return replace(self, parameters={**self.parameters, **parameters})
+
+    def to(self, device: torch.device | str) -> Network:
+        """The same network with its parameters on another device."""
+        return replace(self, parameters={k: v.to(device) for k, v in self.parameters.items()})
+
+
+def pad(
+    x: torch.Tensor, padding: Padding, value: float, pool: Pair | None = None
+) -> tuple[torch.Tensor, Pair]:
+    """Leave to the kernel what it can pad itself, and pad the rest here.
+
+    pool     the window of a pool, which pads half of it at most; a convolution pads anything
+    returns  the padded tensor, and the symmetric padding that is left to the kernel
+
+    This is how torch pads for "same", so the bits are those of the module.
+    """
+    top, bottom, left, right = padding
+    height, width = min(top, bottom), min(left, right)
+    if pool is not None:
+        height, width = min(height, pool[0] // 2), min(width, pool[1] // 2)
+    rest = (left - width, right - width, top - height, bottom - height)
+    return (F.pad(x, rest, value=value) if any(rest) else x), (height, width)

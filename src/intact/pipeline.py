@@ -1,0 +1,102 @@
+"""From a float module to a program in one call: capture, calibrate, choose, lower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from intact.calibrate import Batch, calibrate
+from intact.capturing import capture
+from intact.choose import align, choose_qparams
+from intact.errors import CalibrationError
+from intact.lower import lower
+from intact.network import Network
+from intact.program import Program
+from intact.recipe import Recipe, load_recipe
+from intact.sketch import Sketch
+from intact.staged import Stages, measure
+
+__all__ = ["Quantized", "quantize", "quantize_network", "stages"]
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A program, and everything that it was made from.
+
+    network   the aligned float network: op by op what the program is
+    sketches  tensor -> what calibration saw
+    """
+
+    network: Network
+    sketches: Mapping[str, Sketch]
+    recipe: Recipe
+    program: Program
+
+
+def quantize_network(
+    network: Network,
+    batches: Iterable[Batch],
+    recipe: Recipe,
+    *,
+    info: Mapping[str, str] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Quantized:
+    """Calibrate a captured network and lower it.
+
+    batches   for calibration: float32 `[N, *input shape]`, or pairs of that and labels
+    info      free text that the program carries
+    progress  called after each batch with the number of samples seen so far
+    """
+    recipe.check_layers(op.name for op in network.ops)  # before, not after, a long calibration
+    sketches = calibrate(network, batches, progress)
+    aligned = align(network)
+    qparams = choose_qparams(aligned, sketches, recipe)
+    facts = {"recipe": recipe.to_toml(), **(info or {})}
+    return Quantized(aligned, sketches, recipe, lower(aligned, qparams, recipe, facts))
+
+
+def quantize(
+    model: nn.Module, batches: Iterable[Batch], recipe: str | Path | Recipe = "default"
+) -> Program:
+    """Make an integer program of a trained float module.
+
+    model    in eval or training mode; it is captured in eval mode and left as it is
+    batches  calibration data as the model takes it: float32 `[N, ...]`, or pairs of that and labels
+             (which are ignored), as a DataLoader yields them. A hundred images or more
+    recipe   a preset ("default", "lab"), a path to a TOML file, or a `Recipe`
+
+    Raises `CaptureError` with a list of all unsupported ops, `CalibrationError` for data that
+    cannot be used, `RecipeError` for a recipe that does not fit; all are `IntactError`.
+    """
+    return _quantize(model, batches, load_recipe(recipe)).program
+
+
+def stages(
+    model: nn.Module,
+    calibration: Iterable[Batch],
+    test: Iterable[Batch],
+    recipe: str | Path | Recipe = "default",
+) -> Stages:
+    """Quantize a module step by step, and measure every step on labelled test data.
+
+    calibration  as `batches` of `quantize`
+    test         pairs of float32 `[N, ...]` and integer labels `[N]`
+    returns      one result per stage, the predictions of each, and the program
+    """
+    quantized = _quantize(model, calibration, load_recipe(recipe))
+    return measure(quantized.network, quantized.program, test)
+
+
+def _quantize(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Quantized:
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise CalibrationError("there is no calibration data: the iterable of batches is empty.")
+    x = first[0] if isinstance(first, tuple | list) else first
+    network = capture(model, torch.as_tensor(x))
+    return quantize_network(network, chain([first], iterator), recipe)

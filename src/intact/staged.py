@@ -1,0 +1,275 @@
+"""The staged experiment: what every step of quantization costs, and whether that is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from intact.arithmetic import QParams, dequantize, quantize
+from intact.engines.torch import TorchEngine
+from intact.errors import DataError
+from intact.network import Network
+from intact.ops import weighted
+from intact.program import Program
+from intact.significance import decibels, mcnemar_p, paired_interval, wilson_interval
+
+__all__ = ["StageResult", "Stages", "measure", "stage_table", "unscaled_bias"]
+
+Logits = npt.NDArray[np.float32]
+Model = Callable[[torch.Tensor], Logits]
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """One stage, measured on a labelled test set, and paired with the float network.
+
+    name                 "float", "weights", "activations", "bias-unscaled", "integer"
+    correct, total       images
+    accuracy             correct / total
+    interval             95 % Wilson interval of the accuracy
+    flips_to_wrong       images that float had right and this stage has wrong
+    flips_to_right       images that float had wrong and this stage has right
+    p_value              exact two-sided McNemar test of the flips; 1.0 for float itself
+    difference           accuracy minus float's
+    difference_interval  95 % interval of the paired difference
+    agreement            fraction of images with the prediction of float, right or wrong
+    sqnr_db              signal-to-quantization-noise ratio of the logits against float's, in dB;
+                         None where they are equal (float itself)
+    """
+
+    name: str
+    correct: int
+    total: int
+    accuracy: float
+    interval: tuple[float, float]
+    flips_to_wrong: int
+    flips_to_right: int
+    p_value: float
+    difference: float
+    difference_interval: tuple[float, float]
+    agreement: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """All stages of one program on one test set.
+
+    results      in order: float, weights, activations, bias-unscaled (where there is a bias),
+                 integer
+    predictions  stage -> int64 [images], the class with the largest logit; the first of equals
+    labels       int64 [images]
+    program      what the last stage ran
+    """
+
+    results: tuple[StageResult, ...]
+    predictions: Mapping[str, npt.NDArray[np.int64]]
+    labels: npt.NDArray[np.int64]
+    program: Program
+
+    def __getitem__(self, name: str) -> StageResult:
+        return next(r for r in self.results if r.name == name)
+
+    def __iter__(self) -> Iterator[StageResult]:
+        return iter(self.results)
+
+    def __str__(self) -> str:
+        return stage_table(self.results)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        head, *body = stage_rows(self.results)
+        rows = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in body)
+        return f"<table><tr>{''.join(f'<th>{c}</th>' for c in head)}</tr>{rows}</table>"
+
+
+def stage_rows(results: Iterable[StageResult]) -> list[tuple[str, ...]]:
+    """The table of stages as text, a tuple per row; the first one is the heading."""
+    rows: list[tuple[str, ...]] = [
+        ("stage", "accuracy", "95 % interval", "to wrong", "to right", "p", "SQNR")
+    ]
+    for r in results:
+        low, high = r.interval
+        compared = (str(r.flips_to_wrong), str(r.flips_to_right), f"{r.p_value:.2g}")
+        rows.append(
+            (
+                r.name,
+                f"{r.accuracy:.2%}",
+                f"{100 * low:.1f}–{100 * high:.1f}%",
+                *(("", "", "") if r.name == "float" else compared),
+                "" if r.sqnr_db is None else f"{r.sqnr_db:.1f} dB",
+            )
+        )
+    return rows
+
+
+def stage_table(results: Iterable[StageResult]) -> str:
+    """The table of stages in plain text, 80 columns wide at most."""
+    rows = stage_rows(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def measure(
+    network: Network,
+    program: Program,
+    batches: Iterable[Any],
+    progress: Callable[[int], object] | None = None,
+) -> Stages:
+    """Run every stage on a labelled test set, in one pass.
+
+    network   the aligned float network that `program` was lowered from
+    batches   of `(float32 [N, ...], integer labels [N])`, tensors or arrays
+    progress  called after each batch with the number of images seen so far
+    """
+    models = _models(network, program)
+    noise = dict.fromkeys(models, 0.0)
+    signal = 0.0
+    predicted: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in models}
+    labels: list[npt.NDArray[np.int64]] = []
+    for batch in batches:
+        x, y = _pair(batch)
+        outputs = {name: model(x).reshape(len(x), -1) for name, model in models.items()}
+        reference = outputs["float"].astype(np.float64)
+        signal += float(np.square(reference).sum())
+        for name, logits in outputs.items():
+            predicted[name].append(logits.argmax(axis=1).astype(np.int64))
+            noise[name] += float(np.square(logits - reference).sum())
+        labels.append(y)
+        if progress:
+            progress(sum(map(len, labels)))
+    if not labels:
+        raise DataError("there is no test data: the iterable of batches is empty.")
+    truth = np.concatenate(labels)
+    predictions = {name: np.concatenate(parts) for name, parts in predicted.items()}
+    results = tuple(
+        _result(name, predictions[name], predictions["float"], truth, decibels(signal, noise[name]))
+        for name in models
+    )
+    return Stages(results, predictions, truth, program)
+
+
+def unscaled_bias(program: Program) -> Program:
+    """The classical mistake: the program with its biases left in real units.
+
+    The accumulators are in units of `scale_x * scale_w`; a bias that is merely rounded to an
+    integer is too small by that factor, and is as good as lost.
+    """
+    changed = {}
+    for op in program.ops:
+        name = f"{op.name}.bias"
+        if name in program.parameters:
+            scale = program.tensors[op.inputs[0]].qparams.scale[0]
+            unit = scale * program.parameters[f"{op.name}.weight_scale"].astype(np.float64)
+            real = program.parameters[name] * unit
+            changed[name] = np.rint(real).astype(np.int32)
+    return replace(program, parameters={**program.parameters, **changed})
+
+
+def fake_quantize(x: torch.Tensor, qparams: QParams, name: str) -> torch.Tensor:
+    """Float to float, through the codes: what the float network sees of a quantized tensor."""
+    codes = quantize(x.detach().cpu().numpy(), qparams, name)
+    return torch.from_numpy(dequantize(codes, qparams)).to(x.device)
+
+
+def fake_weights(network: Network, program: Program) -> Network:
+    """The float network with the real values of the program's weight codes; biases stay float."""
+    weights = {}
+    for op in network.ops:
+        if weighted(op):
+            codes = program.parameters[f"{op.name}.weight"]
+            scale = program.parameters[f"{op.name}.weight_scale"]
+            shaped = scale.reshape(-1, *[1] * (codes.ndim - 1))
+            weights[f"{op.name}.weight"] = torch.from_numpy(codes * shaped)
+    return network.with_parameters(weights)
+
+
+def _models(network: Network, program: Program) -> dict[str, Model]:
+    """Stage name -> float32 batch to float32 logits."""
+    weights = fake_weights(network, program)
+
+    def hook(name: str, x: torch.Tensor) -> torch.Tensor:
+        return fake_quantize(x, program.tensors[name].qparams, name)
+
+    def floating(network: Network, hook: Any = None) -> Model:
+        def run(x: torch.Tensor) -> Logits:
+            with torch.inference_mode():
+                return network(x, hook).numpy()
+
+        return run
+
+    def integer(program: Program) -> Model:
+        engine = TorchEngine(program)
+
+        def run(x: torch.Tensor) -> Logits:
+            codes = engine(program.quantize_input(x.numpy()))
+            return dequantize(codes, program.tensors[program.output].qparams)
+
+        return run
+
+    models = {
+        "float": floating(network),
+        "weights": floating(weights),
+        "activations": floating(weights, hook),
+    }
+    if any(name.endswith(".bias") for name in program.parameters):
+        models["bias-unscaled"] = integer(unscaled_bias(program))
+    models["integer"] = integer(program)
+    return models
+
+
+def _pair(batch: Any) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise DataError("a test batch is a pair (inputs, labels).")
+    x, y = torch.as_tensor(batch[0]), np.asarray(batch[1])
+    if not x.dtype.is_floating_point:
+        raise DataError(f"test inputs are {x.dtype}; the stages start from float32 values.")
+    if y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise DataError(
+            f"labels must be integers, one per sample: {len(x)} samples came with labels of shape "
+            f"{list(y.shape)}, {y.dtype}."
+        )
+    return x.to(torch.float32), y.astype(np.int64)
+
+
+def _result(
+    name: str,
+    predicted: npt.NDArray[np.int64],
+    reference: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    sqnr_db: float | None,
+) -> StageResult:
+    right, float_right = predicted == labels, reference == labels
+    correct, total = int(right.sum()), len(labels)
+    to_wrong = int((float_right & ~right).sum())
+    to_right = int((~float_right & right).sum())
+    neither = int((~float_right & ~right).sum())
+    return StageResult(
+        name=name,
+        correct=correct,
+        total=total,
+        accuracy=correct / total,
+        interval=wilson_interval(correct, total),
+        flips_to_wrong=to_wrong,
+        flips_to_right=to_right,
+        p_value=mcnemar_p(to_wrong, to_right),
+        difference=(to_right - to_wrong) / total,
+        difference_interval=(
+            (0.0, 0.0)
+            if name == "float"
+            else paired_interval(correct - to_right, to_wrong, to_right, neither)
+        ),
+        agreement=float((predicted == reference).mean()),
+        sqnr_db=sqnr_db,
+    )

@@ -1,0 +1,389 @@
+"""Training a classifier from a seed: resumable, and to the same bits each time.
+
+Every batch follows from the seed and the number of its epoch, and all runs on one thread, so that
+the order of the sums in a gradient is fixed. On one machine and torch version, the same arguments
+give the same weights, whether a run was interrupted or not. Another processor may round
+differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from intact.data import Dataset, Images, batches, to_input
+from intact.errors import DataError, IntactError, StorageError
+from intact.storage import write_atomically
+from intact.zoo.lenet import CLASSES, INPUT_SHAPE, Bias, LeNet
+
+__all__ = ["SCHEDULES", "Progress", "Schedule", "Trained", "schedule_for", "train", "train_lenet"]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How to train: stochastic gradient descent on the cross-entropy of shuffled batches.
+
+    epochs           passes over the training set
+    batch_size       images in a batch; the last one of an epoch holds what is left
+    learning_rate    of each step; the highest one if it is annealed
+    momentum         of the gradient descent
+    nesterov         whether the momentum looks ahead
+    weight_decay     L2 penalty on every parameter
+    warmup           fraction of all steps in which the learning rate rises linearly from 0
+    anneal           whether it then falls to 0 along half a cosine; else it stays
+    label_smoothing  probability that is spread over all classes
+    average          decay per step of the moving average of the weights that becomes the result;
+                     0 takes the weights of the last step
+    crop             black pixels added around an image before a crop of its own size is taken
+    flip             whether half of the images are mirrored
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    warmup: float = 0.0
+    anneal: bool = False
+    label_smoothing: float = 0.0
+    average: float = 0.0
+    crop: int = 0
+    flip: bool = False
+
+
+TWO_EPOCH = Schedule(epochs=2, batch_size=4, learning_rate=0.001)
+BEST = Schedule(
+    epochs=100,
+    batch_size=256,
+    learning_rate=0.1,
+    nesterov=True,
+    weight_decay=5e-4,
+    warmup=0.1,
+    anneal=True,
+    average=0.999,
+    crop=2,
+    flip=True,
+)
+# Digits are few and easy, and the mirror image of a digit is not that digit.
+BEST_DIGITS = replace(BEST, epochs=30, batch_size=32, learning_rate=0.01, average=0.99, flip=False)
+SCHEDULES = ("two-epoch", "best")
+
+
+def schedule_for(name: str, data: str) -> Schedule:
+    """The schedule "two-epoch" or "best" for a data set's name."""
+    if name == "two-epoch":
+        return TWO_EPOCH
+    if name == "best":
+        return BEST_DIGITS if data == "digits" else BEST
+    raise IntactError(f"there is no schedule {name!r}. There are: {', '.join(SCHEDULES)}.")
+
+
+class Progress(Protocol):
+    """Told about every step: how far the training is, and how it goes in this epoch so far."""
+
+    def __call__(self, epoch: int, step: int, total: int, loss: float, accuracy: float) -> None:
+        """`step` of `total` steps of `epoch`, which counts from 1, are done.
+
+        The training loss and accuracy are means over the images of the epoch so far.
+        """
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    schedule: Schedule,
+    seed: int,
+    *,
+    checkpoint: str | PathLike[str] | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Train `model` in place on the training set alone.
+
+    checkpoint  written after every epoch, atomically; where an interruption leaves off
+    resume      go on from the checkpoint if there is one. The result is then that of a run that was
+                never interrupted. A checkpoint of another model, data set, schedule or seed raises
+                `StorageError`
+    """
+    with _one_thread():
+        run = _Run(model, dataset, schedule, seed)
+        path = None if checkpoint is None else Path(checkpoint)
+        first = run.restore(path) if resume and path is not None and path.exists() else 0
+        for epoch in range(first, schedule.epochs):
+            run.epoch(epoch, progress)
+            if path is not None:
+                run.store(path, epoch + 1)
+        run.finish()
+
+
+class _Run:
+    """The state of a training run: weights, momenta and averages, each by the parameter's name."""
+
+    def __init__(self, model: nn.Module, dataset: Dataset, schedule: Schedule, seed: int) -> None:
+        self.model, self.dataset, self.schedule, self.seed = model, dataset, schedule, seed
+        self.parameters = dict(model.named_parameters())
+        self.momenta = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.steps = math.ceil(len(dataset.train_images) / schedule.batch_size)
+        # A run is determined by these; only a run that agrees in all of them may be resumed.
+        self.settings = {
+            "schedule": asdict(schedule),
+            "seed": seed,
+            "dataset": dataset.sha256,
+            "initial_weights": hashlib.sha256(to_safetensors(self.averages)).hexdigest(),
+        }
+        self.optimizer = torch.optim.SGD(
+            self.parameters.values(),
+            lr=schedule.learning_rate,
+            momentum=schedule.momentum,
+            nesterov=schedule.nesterov,
+            weight_decay=schedule.weight_decay,
+            fused=True,
+        )
+        for name, parameter in self.parameters.items():
+            # The first step then computes 0.9 * 0 + gradient: what a fresh optimizer does as well.
+            self.optimizer.state[parameter]["momentum_buffer"] = self.momenta[name]
+
+    def epoch(self, epoch: int, progress: Progress | None) -> None:
+        """Run the epoch of this number, counted from 0."""
+        rng = np.random.default_rng((self.seed, epoch))
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        order = rng.permutation(len(images))
+        size, seen, correct, loss_sum = self.schedule.batch_size, 0, 0, 0.0
+        self.model.train()
+        for step in range(self.steps):
+            chosen = order[step * size : (step + 1) * size]
+            pixels = augment(images[chosen], self.schedule.crop, self.schedule.flip, rng)
+            logits, loss = self._step(
+                epoch * self.steps + step,
+                torch.from_numpy(to_input(pixels)),
+                torch.from_numpy(labels[chosen]),
+            )
+            if progress is not None:
+                seen += len(chosen)
+                correct += int((logits.argmax(1).numpy() == labels[chosen]).sum())
+                loss_sum += float(loss) * len(chosen)
+                progress(epoch + 1, step + 1, self.steps, loss_sum / seen, correct / seen)
+        if not math.isfinite(loss):
+            raise IntactError(
+                f"the training diverged in epoch {epoch + 1}: its loss is {float(loss)}. Try "
+                "another seed or a lower learning rate."
+            )
+
+    def _step(
+        self, number: int, x: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = self.schedule.epochs * self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.schedule, number, total)
+        self.optimizer.zero_grad()
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.schedule.label_smoothing)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        if self.schedule.average:
+            # Young averages forget faster, so that they do not remember the random initial weights.
+            decay = min(self.schedule.average, (1 + number) / (10 + number))
+            for name, parameter in self.parameters.items():
+                self.averages[name].lerp_(parameter.detach(), 1 - decay)
+        return logits.detach(), loss.detach()
+
+    def finish(self) -> None:
+        """Give the model its result, in eval mode."""
+        if self.schedule.average:
+            self.model.load_state_dict(self.averages)
+        self.model.eval()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        groups: dict[str, Mapping[str, torch.Tensor]] = {
+            "weight": self.parameters,
+            "momentum": self.momenta,
+            "average": self.averages,
+        }
+        return {
+            f"{group}:{name}": tensor.detach()
+            for group, named in groups.items()
+            for name, tensor in named.items()
+        }
+
+    def store(self, path: Path, epochs: int) -> None:
+        """Write the checkpoint of a run that has finished this many epochs."""
+        about = {"settings": self.settings, "epochs": epochs}
+        _write(path, self._tensors(), ("checkpoint", about))
+
+    def restore(self, path: Path) -> int:
+        """Take over a checkpoint's state; returns the number of epochs that it has finished."""
+        settings, epochs, given = _read_checkpoint(path)
+        different = [key for key, value in self.settings.items() if settings.get(key) != value]
+        if different:
+            raise StorageError(
+                f"{path} is the checkpoint of another training: it differs in "
+                f"{', '.join(different)}. Give the same settings again, or start without resuming."
+            )
+        wanted = self._tensors()
+        if _layout(given) != _layout(wanted) or not 0 <= epochs <= self.schedule.epochs:
+            raise StorageError(
+                f"{path} does not hold the state of this training. Start without resuming."
+            )
+        for name, tensor in wanted.items():
+            tensor.copy_(given[name])
+        return epochs
+
+
+def _layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def learning_rate(schedule: Schedule, step: int, total: int) -> float:
+    """The learning rate of a step, counted from 0, of `total` steps."""
+    warmup = schedule.warmup * total
+    if step + 1 < warmup:
+        return schedule.learning_rate * (step + 1) / warmup
+    if not schedule.anneal:
+        return schedule.learning_rate
+    progress = max(0.0, step - warmup) / (total - warmup)
+    return schedule.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def augment(images: Images, crop: int, flip: bool, rng: np.random.Generator) -> Images:
+    """A shifted and mirrored copy of each image, uint8 `[N, 3, H, W]`; see `Schedule`."""
+    number, _, height, width = images.shape
+    if crop:
+        margin = ((0, 0), (0, 0), (crop, crop), (crop, crop))
+        windows = np.lib.stride_tricks.sliding_window_view(
+            np.pad(images, margin), (height, width), axis=(2, 3)
+        )
+        top, left = rng.integers(2 * crop + 1, size=(2, number))
+        images = windows[np.arange(number), :, top, left]
+    if flip:
+        mirrored = rng.random((number, 1, 1, 1)) < 0.5
+        images = np.where(mirrored, images[..., ::-1], images)
+    return images
+
+
+def predict(model: nn.Module, images: Images) -> npt.NDArray[np.int64]:
+    """The predicted class of each image, int64 `[N]`."""
+    model.eval()
+    unknown = np.zeros(len(images), np.int64)
+    with torch.inference_mode():
+        parts = [
+            model(torch.from_numpy(x)).argmax(1).numpy() for x, _ in batches(images, unknown, 500)
+        ]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training ended with: its file, and the result on the test set."""
+
+    path: Path
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of test images that the network classifies correctly."""
+        return self.correct / self.total
+
+
+def train_lenet(
+    dataset: Dataset,
+    bias: Bias,
+    schedule: str,
+    seed: int,
+    out: str | PathLike[str],
+    *,
+    command: str,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a LeNet from its seed, and write its weights to the safetensors file `out`.
+
+    The file is what `read_lenet` reads. The JSON text "training" in its header says how the weights
+    came about, `command` included. While the training runs, its checkpoint is at
+    `OUT.checkpoint`; with `resume`, a run that was interrupted goes on from there.
+    """
+    size, classes = dataset.train_images.shape[1:], len(dataset.classes)
+    if size != INPUT_SHAPE or classes > CLASSES:
+        raise DataError(
+            f"LeNet takes {list(INPUT_SHAPE)} images of at most {CLASSES} classes, not "
+            f"{list(size)} of {classes}."
+        )
+    path = Path(out)
+    settings = schedule_for(schedule, dataset.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LeNet(bias)
+    checkpoint = path.with_name(path.name + ".checkpoint")
+    train(model, dataset, settings, seed, checkpoint=checkpoint, resume=resume, progress=progress)
+    with _one_thread():
+        correct = int((predict(model, dataset.test_images) == dataset.test_labels).sum())
+    result = Trained(path, correct, len(dataset.test_labels))
+    about = {
+        "command": command,
+        "network": "LeNet",
+        "bias": bias,
+        "data": {"name": dataset.name, "sha256": dataset.sha256},
+        "schedule": {"name": schedule, **asdict(settings)},
+        "seed": seed,
+        "test": {"correct": correct, "total": result.total, "accuracy": result.accuracy},
+        "threads": 1,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    _write(path, model.state_dict(), ("training", about))
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], about: tuple[str, Any]) -> None:
+    """Write a safetensors file with one metadata entry: several would stand in random order."""
+    key, value = about
+    metadata = {key: json.dumps(value, sort_keys=True)}
+    write_atomically(path, to_safetensors(dict(tensors), metadata))
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], int, dict[str, torch.Tensor]]:
+    """The settings of the run, the number of epochs that it has finished, and its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["checkpoint"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return dict(about["settings"]), int(about["epochs"]), tensors
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(
+            f"{path} is not a checkpoint that can be read ({error}). Start without resuming."
+        ) from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
