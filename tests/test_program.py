@@ -575,3 +575,15 @@ def test_only_clamp_and_add_narrow_the_code_range():
 
 def test_programs_can_be_copied():
     assert copy.copy(PROGRAM) == PROGRAM
+
+
+def test_a_notebook_shows_every_op_and_trusts_no_name():
+    program = example()
+    page = program._repr_html_()
+    for op in program.ops:
+        assert f"<td>{op.name}</td>" in page
+    hostile = "<script>alert(1)</script>"
+    builder = Builder.start((2, 3, 3), QParams((1.0,)))
+    builder.add(GlobalAvgPool(hostile, ("x",)), QParams((1.0,)))
+    builder.parameters[f"{hostile}.multiplier"] = np.array([7281], np.int32)
+    assert "<script>" not in builder.finish()._repr_html_()

@@ -36,7 +36,6 @@ EVERYTHING = Schedule(
     weight_decay=0.01,
     warmup=0.25,
     anneal=True,
-    label_smoothing=0.1,
     average=0.9,
     crop=1,
     flip=True,
@@ -151,6 +150,14 @@ def test_progress_is_told_after_every_step():
 def test_a_training_that_diverges_says_so():
     with pytest.raises(IntactError, match=r"diverged in epoch 1: its loss is .* another seed"):
         train(network(), noise(), replace(PLAIN, batch_size=2, learning_rate=1e10), seed=0)
+
+
+def test_a_model_with_state_that_a_checkpoint_would_miss_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 4))
+    with pytest.raises(
+        IntactError, match=r"with buffers cannot be trained here: \['1.running_mean"
+    ):
+        train(model, noise(), PLAIN, seed=0)
 
 
 # -- augmentation --------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def versions() -> dict[str, str]:
     packages = ("intact", "torch", "numpy", "scipy", "safetensors")
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(aliased=True, terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         **{name: version(name) for name in packages},
     }
 

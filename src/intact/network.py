@@ -33,7 +33,7 @@ from intact.ops import (
     weighted,
 )
 
-__all__ = ["Network", "TensorSpec", "pad"]
+__all__ = ["Hook", "Network", "TensorSpec", "pad"]
 
 Hook = Callable[[str, torch.Tensor], torch.Tensor]
 

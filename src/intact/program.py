@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import math
 import reprlib
 from collections.abc import Mapping
@@ -234,6 +235,33 @@ class Program:
             f"{self.output} {list(self.tensors[self.output].shape)}, {len(self.ops)} ops, "
             f"{sum(map(self.macs, self.ops)):,} MACs, {self.parameter_bytes:,} bytes>"
         )
+
+    def _repr_html_(self) -> str:
+        """The program as a table, for notebooks."""
+        head = ("op", "", "result", "codes", "scale", "zero point", "MACs", "bytes", "acc bits")
+        rows = []
+        for op in (None, *self.ops):
+            name = self.input if op is None else op.name
+            grid = self.tensors[name].qparams
+            rows.append(
+                (
+                    name,
+                    "input" if op is None else type(op).__name__,
+                    "×".join(map(str, self.tensors[name].shape)),
+                    f"{grid.type_name} {grid.qmin}…{grid.qmax}",
+                    f"{grid.scale[0]:.6g}",
+                    str(grid.zero_point),
+                    "" if op is None else f"{self.macs(op):,}",
+                    "" if op is None else f"{self.op_bytes(op):,}",
+                    str(self.accumulator_bits(op)) if op and accumulates(op) else "",
+                )
+            )
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        heads = "".join(f"<th>{cell}</th>" for cell in head)
+        return f"<p>{html.escape(repr(self))}</p><table><tr>{heads}</tr>{body}</table>"
 
 
 def _as_array(x: npt.ArrayLike) -> Array:

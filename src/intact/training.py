@@ -47,7 +47,6 @@ class Schedule:
     weight_decay     L2 penalty on every parameter
     warmup           fraction of all steps in which the learning rate rises linearly from 0
     anneal           whether it then falls to 0 along half a cosine; else it stays
-    label_smoothing  probability that is spread over all classes
     average          decay per step of the moving average of the weights that becomes the result;
                      0 takes the weights of the last step
     crop             black pixels added around an image before a crop of its own size is taken
@@ -62,7 +61,6 @@ class Schedule:
     weight_decay: float = 0.0
     warmup: float = 0.0
     anneal: bool = False
-    label_smoothing: float = 0.0
     average: float = 0.0
     crop: int = 0
     flip: bool = False
@@ -115,12 +113,16 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Train `model` in place on the training set alone.
+    """Train `model` in place on the training set alone, and leave it in eval mode.
 
-    checkpoint  written after every epoch, atomically; where an interruption leaves off
+    model       all of its state is parameters: one with buffers, as of batch norm, is refused
+    checkpoint  a file, written atomically after every epoch: what an interruption leaves
     resume      go on from the checkpoint if there is one. The result is then that of a run that was
                 never interrupted. A checkpoint of another model, data set, schedule or seed raises
                 `StorageError`
+    progress    called after every step
+
+    A loss that is not finite raises `IntactError`.
     """
     with _one_thread():
         run = _Run(model, dataset, schedule, seed)
@@ -137,6 +139,9 @@ class _Run:
     """The state of a training run: weights, momenta and averages, each by the parameter's name."""
 
     def __init__(self, model: nn.Module, dataset: Dataset, schedule: Schedule, seed: int) -> None:
+        buffers = [name for name, _ in model.named_buffers()]
+        if buffers:
+            raise IntactError(f"a model with buffers cannot be trained here: {buffers[:3]}.")
         self.model, self.dataset, self.schedule, self.seed = model, dataset, schedule, seed
         self.parameters = dict(model.named_parameters())
         self.momenta = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -195,7 +200,7 @@ class _Run:
             group["lr"] = learning_rate(self.schedule, number, total)
         self.optimizer.zero_grad()
         logits = self.model(x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.schedule.label_smoothing)
+        loss = F.cross_entropy(logits, y)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         if self.schedule.average:
