@@ -18,6 +18,7 @@ from intact.arithmetic import (
     dyadic_shift,
 )
 from intact.engines.torch import TorchEngine
+from intact.errors import DataError
 from intact.network import Network
 from intact.ops import Op, Reshape, Shape, accumulates, weighted
 from intact.program import Program
@@ -33,7 +34,8 @@ class Histogram:
     """Counts in uniform bins of real values: bin `i` of `n` spans `low + (high - low) * i / n` on.
 
     before   of the float values
-    after    of the quantized values, in the same bins
+    after    of the quantized values, in the same bins; as many as there are float values, though
+             of activations fewer may have been looked at
     """
 
     low: float
@@ -90,6 +92,7 @@ class LayerAnalysis:
     """One op of the program that has codes of its own.
 
     op                "Conv2d", "Linear", "MaxPool2d", …
+    inputs            the layers that it reads, or the program's input; reshapes are skipped
     activation        of the layer's result; `relu` tells whether a clamp at 0 is fused into it
     weight            None for ops without weights
     bias_range        of the float bias, and `bias_codes` of the int32 bias; None without bias
@@ -174,6 +177,8 @@ def analyse(
         done += len(batch)
         if progress:
             progress(done)
+    if not done:
+        raise DataError("there is no data to analyse: the batches hold no images.")
     return Analysis(
         _activation(program, program.input, sketches, meters[program.input]),
         tuple(
@@ -288,7 +293,8 @@ def _histogram(sketch: Sketch, meter: _Meter, per_scale: npt.NDArray[np.int64]) 
     before = _levels(sketch, edges)
     if before is None:
         before = sketch.histogram(BINS, low, high)
-    return Histogram(low, high, tuple(before.tolist()), tuple(np.diff(below).tolist()))
+    after = np.diff(below) * (sketch.count / int(per_scale.sum()))
+    return Histogram(low, high, tuple(before.tolist()), tuple(after.tolist()))
 
 
 def _levels(sketch: Sketch, edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
@@ -304,6 +310,14 @@ def _levels(sketch: Sketch, edges: npt.NDArray[np.float64]) -> npt.NDArray[np.fl
     borders = np.concatenate([edges[:1], start[:-1] + steps / 2, edges[-1:]])
     below: npt.NDArray[np.float64] = np.interp(edges, borders, np.r_[0.0, np.cumsum(mass)])
     return np.diff(below)
+
+
+def _behind_reshapes(program: Program, tensor: str) -> str:
+    """The tensor whose elements these are: a reshape is no layer of its own."""
+    reshapes = {op.name: op.inputs[0] for op in program.ops if isinstance(op, Reshape)}
+    while tensor in reshapes:
+        tensor = reshapes[tensor]
+    return tensor
 
 
 def _layer(
@@ -323,7 +337,7 @@ def _layer(
     return LayerAnalysis(
         name=op.name,
         op=type(op).__name__,
-        inputs=op.inputs,
+        inputs=tuple(_behind_reshapes(program, tensor) for tensor in op.inputs),
         input_shape=program.tensors[op.inputs[0]].shape,
         output_shape=program.tensors[op.name].shape,
         macs=program.macs(op),

@@ -276,7 +276,10 @@ def accumulator_bound(
     returns    int64 [O]: `sum_k |w[o, k]| * max_input + |bias[o]|`
     arithmetic.md, section 2.
     """
-    total = np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(axis=1) * max_input
+    # Positive and negative weights are summed apart: no wider copy of a large layer is made.
+    rows = weight.reshape(len(weight), -1)
+    total = np.maximum(rows, 0).sum(axis=1, dtype=np.int64)
+    total = (total - np.minimum(rows, 0).sum(axis=1, dtype=np.int64)) * max_input
     return np.asarray(total if bias is None else total + np.abs(bias.astype(np.int64)), np.int64)
 
 

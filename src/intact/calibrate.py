@@ -91,7 +91,14 @@ def _images(batch: Batch, spec: TensorSpec) -> torch.Tensor:
             f"a batch is a tensor or an array, or a pair of one and labels, not a "
             f"{type(given).__name__}."
         )
-    x = torch.as_tensor(given)
+    try:
+        x = torch.as_tensor(given)
+    except TypeError as error:  # an array of text or of objects
+        raise CalibrationError(
+            f"the images are an array of {given.dtype}. Give float32."
+        ) from error
+    if x.layout != torch.strided or x.is_meta:
+        raise CalibrationError("the images are sparse or without values. Give a dense tensor.")
     if not x.is_floating_point():
         raise CalibrationError(
             f"the images are {x.dtype}. Give them as float32, normalised as in training."

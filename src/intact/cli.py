@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import os
 import shlex
 import sys
+import tempfile
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from intact import __version__
-from intact.errors import IntactError
+from intact.errors import DataError, IntactError
 
 if TYPE_CHECKING:
+    from intact.data import Dataset
     from intact.program import Program
     from intact.report import Report
+    from intact.training import Trained
 
 __all__ = ["main"]
+
+Tell: TypeAlias = Callable[[str, int, int], None]
+"""Called as `tell(what is going on, steps done, steps in all)`."""
 
 app = typer.Typer(
     name="intact",
     help="Integer-only quantization: what every step costs, and the program that ships.",
+    epilog="Start with `intact lenet`, and open the lenet/report.html that it leaves.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -65,7 +73,7 @@ DataOption = Annotated[
     Data,
     typer.Option(
         "--data",
-        help="The data set: scikit-learn's digits (embedded), CIFAR-10, or folders of images.",
+        help="digits: scikit-learn's, embedded. cifar10: CIFAR-10. folder: images of your own.",
     ),
 ]
 DataDirOption = Annotated[
@@ -73,37 +81,40 @@ DataDirOption = Annotated[
     typer.Option(
         "--data-dir",
         metavar="DIR",
-        help="Where the data is. CIFAR-10: the folder of its binary version; without it, "
-        "INTACT_DATA_DIR, the cache, or a download.",
+        help="folder: holds one folder of images per class, or train and test with such folders. "
+        "cifar10: holds its binary version; else INTACT_DATA_DIR, the cache, or a download.",
     ),
 ]
 BiasOption = Annotated[
-    BiasChoice, typer.Option("--bias", help="Which layers of LeNet have a bias.")
+    BiasChoice, typer.Option("--bias", help="The layers of LeNet that have a bias.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", min=0, help="Seed of a training's random numbers.")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Write JSON to standard output instead of text.")
 ]
 ProgramArgument = Annotated[
-    Path, typer.Argument(metavar="PROGRAM", help="A program.safetensors file.")
+    Path,
+    typer.Argument(
+        metavar="PROGRAM", help="A program.safetensors, from `intact lenet` or `Program.save`."
+    ),
 ]
 
 
 def main() -> None:
-    """Run the command line; errors of ours become one message and exit status 1."""
+    """Run the command line; an `IntactError` becomes one message and exit status 1.
+
+    Wrong usage (status 2), Ctrl-C (130) and a closed pipe are typer's business.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path or a name that the terminal's encoding lacks is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="intact")
     except IntactError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
-        for note in getattr(error, "__notes__", ()):
-            Console(stderr=True, soft_wrap=True).print(note, markup=False)
+        _console(stderr=True).print(f"error: {error}", style="red")
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:  # `intact … | head`
-        sys.stderr.close()
-        sys.exit(141)
 
 
 def _show_version(wanted: bool) -> None:
@@ -132,15 +143,23 @@ def lenet(
         typer.Option(
             "--recipe",
             metavar="lab|default|FILE",
-            help="The textbook scheme, the default one, or a TOML file (docs/recipes.md).",
+            help="How to quantize. lab: the textbook scheme. default: what loses least. FILE: "
+            "your own choices, in TOML (docs/recipes.md).",
         ),
     ] = "default",
     train: Annotated[
-        bool, typer.Option("--train", help="Train the network first, instead of taking ours.")
+        bool,
+        typer.Option(
+            "--train",
+            help="Train the network first, instead of taking trained weights. `intact train "
+            "lenet` does so resumably.",
+        ),
     ] = False,
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", metavar="FILE", help="Take trained weights from this file."),
+        typer.Option(
+            "--weights", metavar="FILE", help="Take the weights that `intact train lenet` wrote."
+        ),
     ] = None,
     calibration: Annotated[
         int,
@@ -148,57 +167,61 @@ def lenet(
             "--calibration",
             metavar="N",
             min=1,
-            help="Choose ranges from the first N training images.",
+            help="Choose ranges from the first N training images, or all if there are fewer.",
         ),
     ] = 1000,
     seed: SeedOption = 0,
     out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="OUT", help="Folder for what the run leaves.")
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="OUT", help="Folder for what the run leaves; made if need be."
+        ),
     ] = Path("lenet"),
     as_json: JsonOption = False,
 ) -> None:
     """Quantize LeNet step by step, and report what every step costs.
 
-    Leaves float.safetensors, program.safetensors, predictions.npz, results.json and report.html in
-    the folder OUT, and prints the table of stages.
+    Prints the table of stages, and leaves in the folder OUT: float.safetensors,
+    program.safetensors, predictions.npz, results.json, report.html.
     """
-    from intact.data import load_dataset
-    from intact.experiment import run_experiment, write_experiment
-    from intact.recipe import load_recipe
-    from intact.report import report_to_json
-    from intact.zoo.lenet import load_lenet, read_lenet
-
     if train and weights:
-        raise IntactError("--train makes weights and --weights takes them: give one of the two.")
-    chosen = load_recipe(recipe)
-    _make_folder(out)
-    dataset = load_dataset(data.value, data_dir)
-    command = _command(
-        "lenet",
-        data=data.value,
-        data_dir=data_dir,
-        bias=bias.value,
-        recipe=recipe,
-        train=train,
-        weights=weights,
-        calibration=calibration,
-        seed=seed,
-        out=out,
-    )
-    if train:
-        path = out / "trained.safetensors"
-        schedule = "best" if data is not Data.cifar10 or bias is BiasChoice.all else "two-epoch"
-        _train(dataset, bias.value, schedule, seed, path, command, resume=False)
-        model = read_lenet(path, bias.value)
-        path.unlink()  # float.safetensors will hold the same
-    elif weights:
-        model = read_lenet(weights, bias.value)
-    else:
-        model = load_lenet(data.value, bias.value)
-    titles = {"none": "without biases", "last": "bias on the last layer", "all": "all biases"}
-    names = {"digits": "digits", "cifar10": "CIFAR-10", "folder": f"images of {data_dir}"}
-    with _bar() as bar:
-        task = bar.add_task("", total=None)
+        raise typer.BadParameter("--train makes weights and --weights takes them: give one.")
+    with _progress("loading") as tell:
+        from intact.data import load_dataset
+        from intact.experiment import run_experiment, write_experiment
+        from intact.recipe import load_recipe
+        from intact.report import report_to_json
+        from intact.zoo.lenet import load_lenet, read_lenet
+
+        chosen = load_recipe(recipe)
+        _check_folder(out)
+        dataset = load_dataset(data.value, data_dir)
+        command = _command(
+            "lenet",
+            data=data.value,
+            data_dir=data_dir,
+            bias=bias.value,
+            recipe=recipe,
+            train=train,
+            weights=weights,
+            calibration=calibration,
+            seed=seed,
+            out=out,
+        )
+        if train:
+            schedule = (
+                "two-epoch" if data is Data.cifar10 and bias is not BiasChoice.all else "best"
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "lenet.safetensors"
+                _train(dataset, bias.value, schedule, seed, path, command, tell)
+                model = read_lenet(path, bias.value)
+        elif weights:
+            model = read_lenet(weights, bias.value)
+        else:
+            model = load_lenet(data.value, bias.value)
+        titles = {"none": "without biases", "last": "bias on the last layer", "all": "all biases"}
+        names = {"digits": "digits", "cifar10": "CIFAR-10", "folder": f"images of {data_dir}"}
         experiment = run_experiment(
             model,
             dataset,
@@ -207,13 +230,13 @@ def lenet(
             title=f"LeNet ({titles[bias.value]}) on {names[data.value]}",
             command=command,
             seed=seed,
-            progress=lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
+            progress=tell,
         )
-    write_experiment(experiment, out)
+        tell("drawing the report", 0, 1)
+        _make_folder(out)
+        write_experiment(experiment, out)
     if as_json:
-        typer.echo(report_to_json(experiment.report))
+        typer.echo(report_to_json(experiment.report), nl=False)
     else:
         _show_report(experiment.report, out)
 
@@ -227,39 +250,58 @@ def train_lenet_command(
         ScheduleChoice,
         typer.Option(
             "--schedule",
-            help="two-epoch: plain SGD, batches of 4. best: as good as LeNet gets (long).",
+            help="two-epoch: plain SGD in batches of 4. best: as good as LeNet gets; seconds for "
+            "digits, most of an hour for CIFAR-10.",
         ),
     ] = ScheduleChoice.best,
     seed: SeedOption = 0,
     out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="FILE", help="Safetensors file for the weights.")
+        Path,
+        typer.Option("-o", "--out", metavar="FILE", help="Safetensors file for the weights."),
     ] = Path("lenet.safetensors"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from FILE.checkpoint if there is one.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on where an interrupted training stopped (FILE.checkpoint)."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train LeNet from a seed; interrupted with Ctrl-C, it goes on with --resume."""
-    from intact.data import load_dataset
+    """Train LeNet from a seed, for `intact lenet --weights FILE`.
 
-    dataset = load_dataset(data.value, data_dir)
-    command = _command(
-        "train",
-        "lenet",
-        data=data.value,
-        data_dir=data_dir,
-        bias=bias.value,
-        schedule=schedule.value,
-        seed=seed,
-        out=out,
-    )
-    _make_folder(out.parent)
-    trained = _train(dataset, bias.value, schedule.value, seed, out, command, resume=resume)
+    Every finished epoch is kept: interrupted with Ctrl-C, it goes on with --resume.
+    """
+    try:
+        with _progress("loading") as tell:
+            from intact.data import load_dataset
+
+            if out.is_dir():
+                raise IntactError(
+                    f"{out} is a folder. Name a file in it: -o {out / 'lenet.safetensors'}."
+                )
+            dataset = load_dataset(data.value, data_dir)
+            command = _command(
+                "train",
+                "lenet",
+                data=data.value,
+                data_dir=data_dir,
+                bias=bias.value,
+                schedule=schedule.value,
+                seed=seed,
+                out=out,
+            )
+            _make_folder(out.parent)
+            trained = _train(
+                dataset, bias.value, schedule.value, seed, out, command, tell, resume=resume
+            )
+    except KeyboardInterrupt:
+        _console(stderr=True).print("\ninterrupted; --resume goes on after the last full epoch")
+        raise
     facts = {"path": str(out), "correct": trained.correct, "total": trained.total}
     if as_json:
         typer.echo(json.dumps({**facts, "accuracy": trained.accuracy}))
     else:
-        typer.echo(f"{out}: {trained.accuracy:.2%} on {trained.total:,} test images")
+        _console().print(f"{out}: {trained.accuracy:.2%} on {trained.total:,} test images")
 
 
 @app.command()
@@ -272,29 +314,30 @@ def inspect(program: ProgramArgument, as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    console = Console()
-    console.print(f"[bold]{program}[/bold]", highlight=False)
+    console = _console()
+    console.print(program, style="bold")
     console.print(
-        f"{facts['bytes']:,} bytes, SHA-256 {facts['sha256']}\n"
-        f"{facts['macs']:,} MACs per sample, {facts['parameter_bytes']:,} bytes of parameters, "
-        f"accumulators of at most {facts['accumulator_bits']} bits",
-        highlight=False,
-        soft_wrap=True,
+        f"SHA-256 {facts['sha256']}\n"
+        f"{facts['bytes']:,} bytes, {facts['parameter_bytes']:,} of them parameters\n"
+        f"{facts['macs']:,} MACs per sample, in accumulators of at most "
+        f"{facts['accumulator_bits']} bits\n"
     )
-    table = _table("op", "", "result", "codes", "scale", "zero", "multiplier", "acc bits", "MACs")
-    for tensor in (facts["input"], *facts["ops"]):
-        table.add_row(
+    heading = ("name", "op", "result", "codes", "scale", "zero", "multiplier", "acc", "MACs")
+    rows = [
+        (
             tensor["name"],
             tensor.get("op", "Input"),
             "×".join(map(str, tensor["shape"])),
-            f"{tensor['type']} {tensor['qmin']}…{tensor['qmax']}",
-            f"{tensor['scale']:.6g}",
+            _codes(tensor),
+            f"{tensor['scale']:.4g}",
             str(tensor["zero_point"]),
             _span(tensor.get("multiplier", []), tensor.get("shift")),
             str(tensor.get("accumulator_bits") or ""),
             f"{tensor['macs']:,}" if tensor.get("macs") else "",
         )
-    console.print(table)
+        for tensor in (facts["input"], *facts["ops"])
+    ]
+    console.print(_aligned([heading, *rows]))
 
 
 @app.command()
@@ -303,27 +346,28 @@ def evaluate(
     data: DataOption = Data.digits,
     data_dir: DataDirOption = None,
     engine: Annotated[
-        EngineChoice, typer.Option("--engine", help="All give the same bits.")
+        EngineChoice,
+        typer.Option("--engine", help="All give the same bits; torch is the fastest."),
     ] = EngineChoice.torch,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy of a program on the test set of a data set."""
-    import numpy as np
+    with _progress("loading") as tell:
+        from intact.data import batches, load_dataset
+        from intact.engines import load_engine
+        from intact.significance import wilson_interval
+        from intact.storage import load
 
-    from intact.data import batches, load_dataset
-    from intact.significance import wilson_interval
-    from intact.storage import load
-
-    loaded = load(program)
-    dataset = load_dataset(data.value, data_dir)
-    total, correct, done = len(dataset.test_images), 0, 0
-    with _bar() as bar:
-        task = bar.add_task("evaluating", total=total)
+        loaded = load(program)
+        dataset = load_dataset(data.value, data_dir)
+        _check_classes(loaded, dataset)
+        run = load_engine(engine.value, loaded)
+        total, correct, done = len(dataset.test_images), 0, 0
         for x, labels in batches(dataset.test_images, dataset.test_labels, 500):
-            codes = loaded.codes(x, engine.value)
-            correct += int((codes.reshape(len(x), -1).argmax(axis=1) == labels).sum())
-            done += len(np.atleast_1d(labels))
-            bar.update(task, completed=done)
+            codes = run(loaded.quantize_input(x)).reshape(len(x), -1)
+            correct += int((codes.argmax(axis=1) == labels).sum())
+            done += len(labels)
+            tell("evaluating", done, total)
     low, high = wilson_interval(correct, total)
     facts = {
         "program": loaded.sha256,
@@ -337,7 +381,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        typer.echo(
+        _console().print(
             f"{correct / total:.2%} ({correct:,} of {total:,}), "
             f"95 % interval {low:.2%} to {high:.2%}"
         )
@@ -353,7 +397,7 @@ def report(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw report.html again from results.json, and show the table of stages."""
+    """Draw OUT/report.html again from OUT/results.json, and show the table of stages."""
     from intact.report import render, report_from_json, report_to_json
     from intact.storage import write_atomically
 
@@ -362,13 +406,13 @@ def report(
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise IntactError(
-            f"{source} cannot be read ({error}). Name a folder that `intact lenet -o` left."
+            f"{source} cannot be read: {_reason(error)}. Name a folder that `intact lenet` left."
         ) from error
     loaded = report_from_json(text)
     page = folder / "report.html"
     write_atomically(page, render(loaded).encode())
     if as_json:
-        typer.echo(report_to_json(loaded))
+        typer.echo(report_to_json(loaded), nl=False)
     else:
         _show_report(loaded, folder)
     if open_page:
@@ -382,19 +426,17 @@ def _show_report(report: Report, folder: Path) -> None:
     from intact.report import sentence
     from intact.staged import stage_table
 
-    console = Console()
-    console.print(f"[bold]{report.title}[/bold], recipe {report.recipe['name']}", highlight=False)
-    console.print(f"\n{stage_table(report.stages)}\n", highlight=False, markup=False)
+    console = _console()
+    console.print(f"{report.title}, recipe {report.recipe.get('name', '')}", style="bold")
+    console.print(f"\n{stage_table(report.stages)}\n")
     last = report.stages[-1]
-    console.print(f"{last.name}: {sentence(last, report.stages[0])}", highlight=False)
+    console.print(f"{last.name}: {sentence(last, report.stages[0])}.", soft_wrap=False)
     for finding in report.diagnosis:
         if finding.severity != "note":
-            console.print(f"{finding.severity}: {finding.message}", highlight=False, markup=False)
+            console.print(f"{finding.severity}: {finding.message}", soft_wrap=False)
     console.print(
         f"\n{folder / 'program.safetensors'}  {report.program.bytes:,} bytes, float "
-        f"{report.program.float_bytes:,}\n{folder / 'report.html'}",
-        highlight=False,
-        soft_wrap=True,
+        f"{report.program.float_bytes:,}\n{folder / 'report.html'}  the details, to look at"
     )
 
 
@@ -450,54 +492,111 @@ def _span(multiplier: list[float], shift: int | None) -> str:
     return f"{low}" + (f"…{high}" if high != low else "") + f" / 2^{shift}"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    return table
+def _codes(tensor: dict[str, Any]) -> str:
+    """`uint8`, or with the range where it is not all of the type's: `uint8 0…94`."""
+    low, high = tensor["qmin"], tensor["qmax"]
+    full = high - low + 1 == 2 ** int(tensor["type"].lstrip("uint"))
+    return str(tensor["type"]) if full else f"{tensor['type']} {low}…{high}"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    """Columns of text, as wide as they need: a value that is cut off would be of no use."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, second, *rest in rows:
+        cells = [c.rjust(w) for c, w in zip(rest, widths[2:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), second.ljust(widths[1]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Shows text as it is: paths and names may look like markup."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
-    """A progress bar on standard error, on a terminal only."""
-    console = Console(stderr=True)
+def _progress(what: str) -> Iterator[Tell]:
+    """A progress bar on standard error, on a terminal only; it is gone in the end."""
+    console = _console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        yield bar
+        task = bar.add_task(what, total=None, count="")
+
+        def tell(what: str, done: int, total: int) -> None:
+            count = f"{done:,}/{total:,}" if total > 1 else ""
+            bar.update(task, description=what, completed=done, total=total, count=count)
+
+        yield tell
 
 
 # -- doing ---------------------------------------------------------------------------------------
 
 
 def _train(
-    dataset: Any, bias: Any, schedule: str, seed: int, out: Path, command: str, *, resume: bool
-) -> Any:
-    from intact.training import train_lenet
+    dataset: Dataset,
+    bias: Any,
+    schedule: str,
+    seed: int,
+    out: Path,
+    command: str,
+    tell: Tell,
+    *,
+    resume: bool = False,
+) -> Trained:
+    from intact.training import schedule_for, train_lenet
 
-    with _bar() as bar:
-        task = bar.add_task("training", total=None)
+    epochs = schedule_for(schedule, dataset.name).epochs
 
-        def show(epoch: int, step: int, total: int, loss: float, accuracy: float) -> None:
-            text = f"epoch {epoch}: loss {loss:.3f}, training accuracy {accuracy:.1%}"
-            bar.update(task, description=text, completed=step, total=total)
+    def show(epoch: int, step: int, total: int, loss: float, accuracy: float) -> None:
+        done = (epoch - 1) * total + step
+        text = f"epoch {epoch} of {epochs}: loss {loss:.3f}, accuracy {accuracy:.1%}"
+        tell(text, done, epochs * total)
 
-        return train_lenet(
-            dataset, bias, schedule, seed, out, command=command, resume=resume, progress=show
+    return train_lenet(
+        dataset, bias, schedule, seed, out, command=command, resume=resume, progress=show
+    )
+
+
+def _check_classes(program: Program, dataset: Dataset) -> None:
+    outputs = math.prod(program.tensors[program.output].shape)
+    if len(dataset.classes) > outputs:
+        raise DataError(
+            f"the program tells {outputs} classes apart, but {dataset.name} has "
+            f"{len(dataset.classes)}. Evaluate it on the data that its network was trained for."
         )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise `IntactError` unless files can be written to a folder, which need not exist yet.
+
+    It is made only when there is something to put into it: a run that fails leaves nothing.
+    """
+    existing = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if not existing.is_dir():
+        raise IntactError(f"{existing} is a file, not a folder. Choose another folder with -o.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise IntactError(f"the folder {existing} is read-only. Choose another folder with -o.")
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise IntactError(f"the folder {folder} cannot be made: {error}.") from error
+        raise IntactError(
+            f"the folder {folder} cannot be made: {_reason(error)}. Choose another one with -o."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system says about a file, without its number and the name again."""
+    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 def _command(*words: str, **options: object) -> str:
@@ -509,4 +608,5 @@ def _command(*words: str, **options: object) -> str:
             parts.append(flag)
         elif value is not None and value is not False:
             parts += [flag, str(value)]
-    return shlex.join(parts)
+    # A path that is no text would make no page: show its bytes.
+    return shlex.join(parts).encode(errors="backslashreplace").decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,8 @@ class Finding:
     layer     the layer it is about, or "" for the whole run
     message   what was seen, with its figures
     advice    what to do
-    recipe    recipe lines (TOML) to paste, or ""
+    recipe    recipe lines (TOML) to paste, or "". Dotted keys: the lines of different findings
+              make one valid recipe together
     """
 
     rule: str
@@ -36,9 +38,11 @@ FAR_OUT = 6.0
 """An extreme this many standard deviations out is an outlier: of a Gaussian's values, 1 in 5e8."""
 GAUSSIAN_OUTSIDE = 0.0027
 """Fraction of a Gaussian beyond 3 sigma: the yardstick for an outlier fraction."""
-COVERED = 0.95
-"""A range that reaches this far towards the extremes was not chosen with outliers in mind."""
+WORTHWHILE_DB = 1.0
+"""A range is too wide if a narrower one, outliers clipped, has so much less noise in the end."""
 SATURATING = 0.01
+SATURATING_BITS = 5
+"""With fewer bits the range of least error clips more than `SATURATING` of a Gaussian itself."""
 SPREAD = 8.0
 """A channel whose range is 8 times smaller than its tensor's loses 3 of its bits."""
 FEW_IMAGES = 128
@@ -89,10 +93,10 @@ def _accuracy(stages: Stages) -> Iterator[Finding]:
         "",
         f"The integer program is {-final.difference * 100:.2f} points below float "
         f"({final.flips_to_wrong} images became wrong, {final.flips_to_right} right, "
-        f"p = {final.p_value:.2g}). Most of it, {-steps[worst] * 100:.2f} points, comes from "
+        f"p = {final.p_value:.2g}). The largest step down, {-steps[worst] * 100:.2f} points, is "
         f"{worst}.",
-        "Follow the findings below. The default recipe (per-channel weights, affine activations, "
-        "ranges chosen by error) loses least.",
+        "Follow the findings below, and compare with the default recipe: per-channel weights, "
+        "affine activations, ranges chosen by error.",
     )
 
 
@@ -102,17 +106,17 @@ def _few_images(count: int) -> Iterator[Finding]:
             "few-images",
             "advice",
             "",
-            f"Ranges were chosen from {count} calibration images; what the test set holds beyond "
-            "them saturates.",
-            f"Calibrate with at least {FEW_IMAGES} images: --calibration 1000. Memory does not "
-            "grow with their number.",
+            f"Ranges were chosen from only {count} calibration image{'s' if count > 1 else ''}: "
+            "larger values, which other images are likely to have, saturate.",
+            f"Calibrate with {FEW_IMAGES} images or more: --calibration 1000. Memory does not grow "
+            "with their number.",
         )
 
 
 def _one_sided(analysis: Analysis) -> Iterator[Finding]:
     """Never negative, yet on a signed grid around 0: half of the codes cannot occur."""
     wasted = [
-        layer.name
+        layer
         for layer in analysis.layers
         if layer.multiplier
         and layer.activation.min >= 0
@@ -121,85 +125,105 @@ def _one_sided(analysis: Analysis) -> Iterator[Finding]:
         and layer.activation.type_name.startswith("int")
     ]
     if wasted:
+        last = analysis.layers[-1]
+        sections = [
+            *(["activations"] if any(layer is not last for layer in wasted) else []),
+            *(["output"] if any(layer is last for layer in wasted) else []),
+        ]
         yield Finding(
             "one-sided",
             "advice",
-            wasted[0] if len(wasted) == 1 else "",
-            f"After a ReLU no value is negative, but the grid of {_list(wasted)} is symmetric: "
-            "half of the codes cannot occur, so one bit of resolution is lost.",
-            "Use an affine grid for activations.",
-            '[activations]\nscheme = "affine"\n',
+            wasted[0].name if len(wasted) == 1 else "",
+            f"The results of {_list([layer.name for layer in wasted])} are never negative, but "
+            "their grids are symmetric: the negative half of the codes cannot occur, and one bit "
+            "of resolution is lost.",
+            "Use an affine grid: all codes then lie within the range.",
+            "".join(f'{section}.scheme = "affine"\n' for section in sections),
         )
 
 
 def _channel_spread(analysis: Analysis) -> Iterator[Finding]:
     """One scale for channels of very different size."""
+    spread: list[str] = []
     for layer in analysis.layers:
         if layer.weight is None or len(layer.weight.scale) > 1:
             continue
         reach = [r for r in _channel_reach(layer.weight) if r > 0]
-        if len(reach) > 1 and max(reach) / min(reach) >= SPREAD:
-            yield Finding(
-                "channel-spread",
-                "advice",
-                layer.name,
-                f"The weights of {layer.name} share one scale, but the largest channel reaches "
-                f"{max(reach) / min(reach):.0f} times as far as the smallest, which is left with "
-                f"{2 * min(reach) / layer.weight.scale[0]:.0f} of {2**layer.weight.bits} codes.",
-                "Use one scale per output channel.",
-                "[weights]\nper_channel = true\n",
+        if reach and max(reach) / min(reach) >= SPREAD:
+            codes = 2 * min(reach) / layer.weight.scale[0]
+            spread.append(
+                f"{layer.name} ({max(reach) / min(reach):.0f} times; {codes:.0f} of "
+                f"{2**layer.weight.bits} codes for the smallest)"
             )
+    if spread:
+        yield Finding(
+            "channel-spread",
+            "advice",
+            spread[0].split(" (")[0] if len(spread) == 1 else "",
+            "All output channels of a layer share one weight scale, but the largest reaches much "
+            f"further than the smallest: {_list(spread)}.",
+            "Use one scale per output channel.",
+            "weights.per_channel = true\n",
+        )
 
 
 def _outliers(analysis: Analysis) -> Iterator[Finding]:
     """A few values far out decide the range, and the rest gets few codes."""
     for kind in ("weights", "activations"):
-        covered: list[str] = []
-        clipped: list[str] = []
+        harmful: list[str] = []
+        harmless: list[str] = []
         for what, layer, tensor in _tensors(analysis):
             if what != kind or tensor.std == 0:
                 continue
-            reach = max(tensor.max - tensor.mean, tensor.mean - tensor.min)
-            if reach < FAR_OUT * tensor.std:
+            if kind == "activations" and _decider(analysis, layer.name) != layer.name:
                 continue
-            spent = max(-tensor.range[0], tensor.range[1]) / max(-tensor.min, tensor.max)
-            (covered if spent > COVERED else clipped).append(
-                f"{layer.name} ({reach / tensor.std:.1f} sigma; {tensor.outlier_fraction:.2%} "
-                "beyond 3)"
-            )
-        if covered:
+            reach = max(tensor.max - tensor.mean, tensor.mean - tensor.min) / tensor.std
+            if reach < FAR_OUT:
+                continue
+            gain = _clipping_gain(tensor)
+            seen = f"{reach:.1f} sigma, {tensor.outlier_fraction:.2%} beyond 3"
+            # A logit that saturates can no longer win: the output keeps its whole range.
+            is_output = kind == "activations" and layer is analysis.layers[-1]
+            if gain < WORTHWHILE_DB or is_output:
+                harmless.append(f"{layer.name} ({seen})")
+            else:
+                harmful.append(f"{layer.name} ({seen}; {gain:.0f} dB to gain)")
+        if harmful:
             yield Finding(
                 "outliers",
                 "advice",
-                "",
-                f"Far outliers decide the range of the {kind} of {_list(covered)}. All but a few "
-                f"values lie within 3 sigma (of a Gaussian's, {GAUSSIAN_OUTSIDE:.2%} do not), and "
-                "share what few codes are left.",
+                harmful[0].split(" (")[0] if len(harmful) == 1 else "",
+                f"Outliers decide the range of the {kind} of {_list(harmful)}. All other values "
+                "share what few codes are left. (Of a Gaussian's values "
+                f"{GAUSSIAN_OUTSIDE:.2%} lie beyond 3 sigma, and none beyond {FAR_OUT:.0f}.)",
                 "Choose the range by error: clipping a few values makes the steps finer for all "
                 "others.",
-                f'[{kind}]\nrange = "mse"\n',
+                f'{kind}.range = "mse"\n',
             )
-        if clipped:
+        if harmless:
             yield Finding(
                 "outliers",
                 "note",
-                "",
-                f"Far outliers among the {kind} of {_list(clipped)}.",
-                "Nothing to do: their ranges leave the farthest of them outside.",
+                harmless[0].split(" (")[0] if len(harmless) == 1 else "",
+                f"There are outliers among the {kind} of {_list(harmless)}.",
+                "Nothing to do: clipping them would cost about what finer steps would gain.",
             )
 
 
 def _saturating(analysis: Analysis) -> Iterator[Finding]:
+    """More than the odd value is clipped, and by more than the one code of the textbook scheme."""
     for kind, layer, tensor in _tensors(analysis):
-        if tensor.clipped_fraction > SATURATING:
+        clips = tensor.clipped_fraction > SATURATING and _overshoots(tensor)
+        if clips and tensor.bits >= SATURATING_BITS:
             yield Finding(
                 "saturating",
                 "problem",
                 layer.name,
-                f"{tensor.clipped_fraction:.1%} of the {kind} of {layer.name} lie outside of its "
-                f"range, [{tensor.range[0]:.3g}, {tensor.range[1]:.3g}], and saturate.",
+                f"{tensor.clipped_fraction:.1%} of the {kind} of {layer.name} lie outside of their "
+                f"range, [{tensor.range[0]:.3g}, {tensor.range[1]:.3g}], and saturate; they reach "
+                f"from {tensor.min:.3g} to {tensor.max:.3g}.",
                 "Choose a wider range.",
-                f'[layers."{layer.name}".{kind}]\nrange = "minmax"\n',
+                _override(analysis, layer, kind, "minmax"),
             )
 
 
@@ -214,8 +238,8 @@ def _dead_channels(analysis: Analysis) -> Iterator[Finding]:
                 "dead-channels",
                 "note",
                 layer.name,
-                f"{len(dead)} of {len(tensor.channel_min)} channels of {layer.name} were constant "
-                f"for all calibration images: {_list([str(i) for i in dead])}.",
+                f"{len(dead)} of {len(tensor.channel_min)} channels of {layer.name} had the same "
+                f"value for all calibration images: {_list([str(i) for i in dead])}.",
                 "They cost work and carry nothing: remove them from the network and fine-tune, or "
                 "make sure that the calibration images are representative.",
             )
@@ -224,17 +248,29 @@ def _dead_channels(analysis: Analysis) -> Iterator[Finding]:
 def _few_codes(analysis: Analysis) -> Iterator[Finding]:
     """Codes that could occur, but hardly any does: the range is too wide for the data."""
     for kind, layer, tensor in _tensors(analysis):
-        possible = (tensor.qmax - tensor.qmin + 1) / 2**tensor.bits
-        enough = tensor.count >= 4 * 2**tensor.bits
-        if enough and tensor.code_usage < FEW_CODES * possible:
+        possible = tensor.qmax - tensor.qmin + 1
+        used = sum(count > 0 for count in tensor.codes)
+        # Few values cannot use many codes: it takes four for each to say that one is left out.
+        if sum(tensor.codes) < 4 * 2**tensor.bits or used >= FEW_CODES * possible:
+            continue
+        seen = f"The {kind} of {layer.name} use {used} of {possible} codes."
+        decider = _decider(analysis, layer.name) if kind == "activations" else layer.name
+        if decider != layer.name:
+            yield Finding(
+                "few-codes",
+                "note",
+                layer.name,
+                f"{seen} They share their grid with {decider}, whose range is wider.",
+                "Nothing to do: operands of an addition need one grid.",
+            )
+        elif _clipping_gain(tensor) >= WORTHWHILE_DB:
             yield Finding(
                 "few-codes",
                 "advice",
                 layer.name,
-                f"The {kind} of {layer.name} use {tensor.code_usage:.0%} of the {2**tensor.bits} "
-                "codes of their type.",
+                f"{seen} The range is wider than most of the data.",
                 "Choose a narrower range.",
-                f'[layers."{layer.name}".{kind}]\nrange = "mse"\n',
+                _override(analysis, layer, kind, "mse"),
             )
 
 
@@ -262,7 +298,8 @@ def _noisy(analysis: Analysis) -> Iterator[Finding]:
         worst.name,
         f"The result's signal-to-noise ratio is {last:.1f} dB. The largest step down is "
         f"{worst.name}: {drop:.1f} dB, to {worst.sqnr_db:.1f} dB.",
-        "Give this layer more bits or a range of its own, or see what else is said about it here.",
+        "Start with what else is said about this layer here; else give it more bits, or another "
+        "range.",
     )
 
 
@@ -281,12 +318,56 @@ def _accumulators(analysis: Analysis) -> Iterator[Finding]:
 
 
 def _tensors(analysis: Analysis) -> Iterator[tuple[str, LayerAnalysis, TensorAnalysis]]:
-    """Weights and activations of every layer that has a multiplier, as ("weights", …)."""
+    """Every weight, and every activation that an op makes new codes for, as ("weights", …)."""
     for layer in analysis.layers:
         if layer.weight is not None:
             yield "weights", layer, layer.weight
-        if layer.multiplier:
+        if layer.multiplier or layer.op in ("Add", "Concat"):
             yield "activations", layer, layer.activation
+
+
+def _decider(analysis: Analysis, name: str) -> str:
+    """The layer that decides the grid of another's result: an addition decides for its operands."""
+    for layer in analysis.layers:
+        if name in layer.inputs and layer.op in ("Add", "Concat"):
+            return _decider(analysis, layer.name)
+        if name in layer.inputs and layer.op in ("MaxPool2d", "Permute", "Clamp"):
+            decider = _decider(analysis, layer.name)
+            if decider != layer.name:
+                return decider
+    return name
+
+
+def _override(analysis: Analysis, layer: LayerAnalysis, kind: str, method: str) -> str:
+    """Recipe lines that choose another range for one layer's weights or activations."""
+    name = _decider(analysis, layer.name) if kind == "activations" else layer.name
+    return f'layers."{name}".{kind}.range = "{method}"\n'
+
+
+def _overshoots(tensor: TensorAnalysis) -> bool:
+    """Whether values are clipped, by more than the one code of the textbook scheme."""
+    beyond = max(tensor.max - tensor.range[1], tensor.range[0] - tensor.min)
+    return beyond > 1.5 * max(tensor.scale)
+
+
+def _clipping_gain(tensor: TensorAnalysis) -> float:
+    """By how many dB a narrower range would lower the noise of rounding and clipping together.
+
+    Estimated from the codes, in units of a step: rounding costs 1/12 for each value but 0, and
+    less by `shrink**2` on a grid that is shrunk to clip what lies beyond `shrink * reach`. 0 where
+    the range clips already: how far the values went beyond it, the codes do not tell.
+    """
+    if _overshoots(tensor):
+        return 0.0
+    counts = {q: n for q, n in enumerate(tensor.codes, tensor.qmin - tensor.zero_point) if q and n}
+    reach = max(abs(tensor.qmin - tensor.zero_point), abs(tensor.qmax - tensor.zero_point))
+    rounding = sum(counts.values()) / 12
+    least = rounding
+    for shrink in (2 ** (-i / 8) for i in range(64)):
+        limit = shrink * reach
+        clipping = sum(n * (abs(q) - limit) ** 2 for q, n in counts.items() if abs(q) > limit)
+        least = min(least, rounding * shrink**2 + clipping)
+    return 10 * math.log10(rounding / least) if least > 0 else 0.0
 
 
 def _channel_reach(tensor: TensorAnalysis) -> list[float]:

@@ -14,6 +14,7 @@ A run leaves in its folder
 from __future__ import annotations
 
 import io
+import math
 import platform
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from intact import __version__
 from intact.analysis import analyse
 from intact.capturing import capture
 from intact.data import Dataset, batches, to_input
@@ -45,7 +47,7 @@ ANALYSED = 1000
 """Images that are compared tensor by tensor, at most: the ranges come from all of them."""
 
 Progress = Callable[[str, int, int], object]
-"""Called as `progress(what is going on, images done, images in all)`."""
+"""Called as `progress(what is going on, images done, images in all)`; 0 of 1 for one long step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +84,22 @@ def run_experiment(
         )
     tell = progress or (lambda *_: None)
     images = dataset.train_images[:calibration]
+    tell("capturing", 0, 1)
     network = capture(model, torch.from_numpy(to_input(images[:1])))
+    outputs = math.prod(network.tensors[network.output].shape)
+    if len(dataset.classes) > outputs:
+        raise DataError(
+            f"the network tells {outputs} classes apart, but {dataset.name} has "
+            f"{len(dataset.classes)}. Leave classes out, or take a network with more outputs."
+        )
+
+    def calibrated(done: int) -> None:
+        tell("calibrating", done, calibration)
+        if done == calibration:
+            tell("lowering", 0, 1)
+
     quantized = quantize_network(
-        network,
-        _inputs(images),
-        recipe,
-        info={"title": title},
-        progress=lambda done: tell("calibrating", done, calibration),
+        network, _inputs(images), recipe, info={"title": title}, progress=calibrated
     )
     total = len(dataset.test_images)
     stages = measure(
@@ -140,7 +151,7 @@ def run_experiment(
 
 
 def write_experiment(experiment: Experiment, folder: Path) -> None:
-    """Write the five files, each atomically; the report comes last."""
+    """Write the five files to a folder that exists, each atomically; the report comes last."""
     state = {name: tensor.contiguous() for name, tensor in experiment.state.items()}
     files = {
         "float.safetensors": safetensors_bytes(state),
@@ -155,10 +166,11 @@ def write_experiment(experiment: Experiment, folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """What the run depends on."""
-    packages = ("intact", "torch", "numpy", "scipy", "safetensors")
+    packages = ("torch", "numpy", "scipy", "safetensors")
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "intact": __version__,
         **{name: version(name) for name in packages},
     }
 

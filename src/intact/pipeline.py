@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from intact.calibrate import Batch, calibrate
 from intact.capturing import capture
 from intact.choose import align, choose_qparams
-from intact.errors import CalibrationError
+from intact.errors import CalibrationError, DataError
 from intact.lower import lower
 from intact.network import Network
 from intact.program import Program
@@ -88,15 +90,49 @@ def stages(
     test         pairs of float32 `[N, ...]` and integer labels `[N]`
     returns      one result per stage, the predictions of each, and the program
     """
+    _check_iterable(test, "the test data")  # before, not after, a long calibration
     quantized = _quantize(model, calibration, load_recipe(recipe))
     return measure(quantized.network, quantized.program, test)
 
 
 def _quantize(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Quantized:
+    _check_iterable(batches, "the calibration data")
     iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise CalibrationError("there is no calibration data: the iterable of batches is empty.")
-    x = first[0] if isinstance(first, tuple | list) else first
-    network = capture(model, torch.as_tensor(x))
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError(
+            "there is no calibration data: the iterable of batches is empty. Give at least one "
+            "batch; a generator can be used only once."
+        ) from None
+    network = capture(model, _example(first))
     return quantize_network(network, chain([first], iterator), recipe)
+
+
+def _check_iterable(batches: object, what: str) -> None:
+    """Refuse what yields something else than batches when it is iterated over."""
+    if isinstance(batches, torch.Tensor | np.ndarray):
+        hint = "Put it in a list: that is one batch."
+    elif isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        hint = "It yields single samples: wrap it in a DataLoader."
+    elif isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
+        hint = "Give a list of tensors or a DataLoader."
+    else:
+        return
+    raise DataError(
+        f"{what} must be an iterable of batches, not a {type(batches).__name__}. {hint}"
+    )
+
+
+def _example(batch: Batch) -> torch.Tensor:
+    """One sample of the shape of a batch's, which is all that `capture` looks at.
+
+    Everything else about the batch is `calibrate`'s to judge, as for all other batches.
+    """
+    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(x, torch.Tensor | np.ndarray):
+        raise CalibrationError(
+            "calibration batch 0: a batch is a tensor or an array, or a pair of one and labels, "
+            f"not a {type(x).__name__}."
+        )
+    return torch.zeros(1, *x.shape[1:])

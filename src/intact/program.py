@@ -268,7 +268,10 @@ def _as_array(x: npt.ArrayLike) -> Array:
     try:
         return np.asarray(x)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ProgramError(f"the input is no array: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise ProgramError(
+            f"the input is no array: {reason}. Give an array or a CPU tensor of float32."
+        ) from error
 
 
 def _floats(array: Array, spec: QParams) -> npt.NDArray[np.float32]:

@@ -303,12 +303,17 @@ def load_recipe(recipe: str | Path | Recipe) -> Recipe:
     """A preset's name, a path to a TOML file, or a recipe as it is."""
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, str | Path):  # callers without a type checker
+        raise RecipeError(
+            f"a recipe is the name of a preset ({', '.join(PRESETS)}), the path of a TOML file or "
+            f"a Recipe, not a {type(recipe).__name__}."
+        )
     if str(recipe) in PRESETS:
         return PRESETS[str(recipe)]
     path = Path(recipe)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8; not a path at all
         raise RecipeError(
             f"{str(recipe)!r} is neither a preset ({', '.join(PRESETS)}) nor a readable TOML file: "
             f"{error}."

@@ -73,7 +73,7 @@ class Stages:
     program: Program
 
     def __getitem__(self, name: str) -> StageResult:
-        return next(r for r in self.results if r.name == name)
+        return {r.name: r for r in self.results}[name]
 
     def __iter__(self) -> Iterator[StageResult]:
         return iter(self.results)
@@ -102,8 +102,8 @@ def stage_rows(results: Iterable[StageResult]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 r.name,
-                f"{r.accuracy:.2%}",
-                f"{100 * low:.1f}–{100 * high:.1f}%",
+                f"{100 * r.accuracy:.{1 if r.total < 1000 else 2}f} %",
+                f"{100 * low:.1f}–{100 * high:.1f} %",
                 *(("", "", "") if r.name == "float" else compared),
                 "" if r.sqnr_db is None else f"{r.sqnr_db:.1f} dB",
             )
@@ -141,8 +141,11 @@ def measure(
     labels: list[npt.NDArray[np.int64]] = []
     for batch in batches:
         x, y = _pair(batch)
+        if not len(x):
+            continue
         outputs = {name: model(x).reshape(len(x), -1) for name, model in models.items()}
         reference = outputs["float"].astype(np.float64)
+        _check_labels(y, classes=reference.shape[1])
         signal += float(np.square(reference).sum())
         for name, logits in outputs.items():
             predicted[name].append(logits.argmax(axis=1).astype(np.int64))
@@ -151,7 +154,7 @@ def measure(
         if progress:
             progress(sum(map(len, labels)))
     if not labels:
-        raise DataError("there is no test data: the iterable of batches is empty.")
+        raise DataError("there is no test data: the batches hold no images.")
     truth = np.concatenate(labels)
     predictions = {name: np.concatenate(parts) for name, parts in predicted.items()}
     results = tuple(
@@ -161,21 +164,21 @@ def measure(
     return Stages(results, predictions, truth, program)
 
 
-def unscaled_bias(program: Program) -> Program:
-    """The classical mistake: the program with its biases left in real units.
+def unscaled_bias(network: Network, program: Program) -> Network:
+    """The classical mistake: biases left in real units.
 
-    The accumulators are in units of `scale_x * scale_w`; a bias that is merely rounded to an
-    integer is too small by that factor, and is as good as lost.
+    A bias belongs into an accumulator, in units of `scale_x * scale_w[o]`. One that is added there
+    as it is counts for `bias * scale_x * scale_w[o]`, and is as good as lost. The network returned
+    has these biases.
     """
-    changed = {}
-    for op in program.ops:
+    biases = {}
+    for op in network.ops:
         name = f"{op.name}.bias"
-        if name in program.parameters:
+        if name in network.parameters:
             scale = program.tensors[op.inputs[0]].qparams.scale[0]
             unit = scale * program.parameters[f"{op.name}.weight_scale"].astype(np.float64)
-            real = program.parameters[name] * unit
-            changed[name] = np.rint(real).astype(np.int32)
-    return replace(program, parameters={**program.parameters, **changed})
+            biases[name] = network.parameters[name] * torch.from_numpy(unit)
+    return network.with_parameters(biases)
 
 
 def fake_quantize(x: torch.Tensor, qparams: QParams, name: str) -> torch.Tensor:
@@ -215,23 +218,21 @@ def _models(network: Network, program: Program) -> dict[str, Model]:
 
         return run
 
-    def integer(program: Program) -> Model:
-        engine = TorchEngine(program)
+    engine = TorchEngine(program)
 
-        def run(x: torch.Tensor) -> Logits:
-            codes = engine(program.quantize_input(x.numpy()))
-            return dequantize(codes, program.tensors[program.output].qparams)
+    def integer(x: torch.Tensor) -> Logits:
+        codes = engine(program.quantize_input(x.numpy()))
+        return dequantize(codes, program.tensors[program.output].qparams)
 
-        return run
-
-    models = {
+    models: dict[str, Model] = {
         "float": floating(network),
         "weights": floating(weights),
         "activations": floating(precise, torch.float64, hook),
     }
     if any(name.endswith(".bias") for name in program.parameters):
-        models["bias-unscaled"] = integer(unscaled_bias(program))
-    models["integer"] = integer(program)
+        unscaled = unscaled_bias(precise, program)
+        models["bias-unscaled"] = floating(unscaled, torch.float64, hook)
+    models["integer"] = integer
     return models
 
 
@@ -247,6 +248,14 @@ def _pair(batch: Any) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
             f"{list(y.shape)}, {y.dtype}."
         )
     return x.to(torch.float32), y.astype(np.int64)
+
+
+def _check_labels(labels: npt.NDArray[np.int64], classes: int) -> None:
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"labels reach from {labels.min()} to {labels.max()}, but the network has {classes} "
+            f"classes, 0 to {classes - 1}."
+        )
 
 
 def _result(
