@@ -20,8 +20,8 @@ from intact.engines import load_engine
 from intact.engines.reference import ReferenceEngine, convolve, windows
 from intact.engines.torch import SLICE, TorchEngine
 from intact.errors import ProgramError
-from intact.ops import Conv2d, Linear
-from intact.program import Program
+from intact.ops import Conv2d, Linear, MaxPool2d, output_shape
+from intact.program import Program, QTensor
 from strategies import Builder, example, input_codes, programs
 
 
@@ -71,9 +71,6 @@ def conv_program(weight, bias=None, *, grid=None, multiplier=None, **geometry) -
     builder.parameters = {"conv.weight": weight, "conv.multiplier": m, "conv.weight_scale": scale}
     if bias is not None:
         builder.parameters["conv.bias"] = bias
-    from intact.ops import output_shape
-    from intact.program import QTensor
-
     builder.ops.append(op)
     shape = output_shape(op, [builder.shape("x")], weight.shape)
     builder.tensors["conv"] = QTensor(shape, grid or QParams((1.0,), -6))
@@ -146,8 +143,6 @@ def test_half_up_rounding_would_be_seen():
 
 def linear_program(weight, bias, multiplier) -> Program:
     builder = Builder.start((weight.shape[1],), QParams((1.0,), 0, 0, 255, signed=False))
-    from intact.program import QTensor
-
     builder.ops.append(Linear("fc", ("x",)))
     builder.tensors["fc"] = QTensor((len(weight),), QParams((1.0,)))
     builder.parameters = {
@@ -233,6 +228,27 @@ def test_cuda_agrees_with_the_reference(data):
     program = data.draw(programs())
     codes = data.draw(input_codes(program))
     assert np.array_equal(TorchEngine(program, "cuda")(codes), ReferenceEngine(program)(codes))
+
+
+def test_a_pool_over_the_channels_of_a_linear_comes_after_requantization():
+    """Each channel has its own multiplier, so the largest accumulator need not be the winner."""
+    builder = Builder.start((1, 1, 1), QParams((1.0,), 0, 0, 255, signed=False))
+    builder.ops += [
+        Linear("fc", ("x",)),
+        MaxPool2d("pool", ("fc",), kernel=(1, 2), stride=(1, 2)),
+    ]
+    builder.tensors["fc"] = QTensor((1, 1, 2), QParams((1.0,)))
+    builder.tensors["pool"] = QTensor((1, 1, 1), QParams((1.0,)))
+    multiplier = np.array([65536, 655], np.int32)
+    builder.parameters = {
+        "fc.weight": np.array([[1], [50]], np.int8),
+        "fc.multiplier": multiplier,
+        "fc.weight_scale": multiplier_value(multiplier, 8),
+    }
+    program = builder.finish()
+    codes = np.array([100], np.uint8).reshape(1, 1, 1, 1)  # accumulators 100 and 5000
+    for engine in ("reference", "torch"):
+        assert load_engine(engine, program)(codes).tolist() == [[[[100]]]]
 
 
 @pytest.mark.parametrize("engine", ["reference", "torch"])

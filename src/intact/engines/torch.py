@@ -181,6 +181,7 @@ def _pool_first(program: Program) -> frozenset[str]:
 
     Requantization is monotonic (multipliers are positive) and the same for all positions of a
     channel, so the maximum of the codes is the code of the maximum; and less is left to requantize.
+    A `Linear` has its channels on the last axis, where a pool may mix them: not that one.
     """
     readers: dict[str, list[Op]] = {}
     for op in program.ops:
@@ -190,6 +191,7 @@ def _pool_first(program: Program) -> frozenset[str]:
         op.name
         for op in program.ops
         if accumulates(op)
+        and not isinstance(op, Linear)
         and op.name != program.output
         and len(readers.get(op.name, ())) == 1
         and isinstance(readers[op.name][0], MaxPool2d)
