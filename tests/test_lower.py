@@ -326,6 +326,31 @@ def test_mistakes_are_explained():
         choose_qparams(network, {}, DEFAULT)
 
 
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        (
+            "[layers.max.activations]\nbits = 4",
+            "'max', which keeps a grid that another layer decides",
+        ),
+        ("[layers.max.weights]\nbits = 4", "'max', which has no weights"),
+    ],
+)
+def test_an_override_that_would_change_nothing_is_an_error(toml, message):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.max = nn.Conv2d(1, 2, 3), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            return self.max(self.conv(x))
+
+    with pytest.raises(RecipeError, match=message):
+        intact.quantize(Net(), [torch.randn(4, 1, 8, 8)], Recipe.from_toml(toml))
+    fine = Recipe.from_toml('[layers."*".activations]\nbits = 4')
+    assert intact.quantize(Net(), [torch.randn(4, 1, 8, 8)], fine)
+
+
 def test_an_accumulator_that_could_leave_int32_is_refused():
     class Wide(nn.Module):
         def __init__(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 
 from intact.arithmetic import QParams, code_range
-from intact.errors import CalibrationError
+from intact.errors import CalibrationError, RecipeError
 from intact.network import Network, TensorSpec
-from intact.ops import Add, Clamp, Concat, Op, Requantize, accumulates, moves_codes
+from intact.ops import Add, Clamp, Concat, Op, Requantize, accumulates, moves_codes, weighted
 from intact.ranges import affine_grid, choose_range
 from intact.recipe import ActivationRecipe, InputRecipe, Recipe
 from intact.sketch import Sketch
@@ -72,6 +73,7 @@ def choose_qparams(
         if isinstance(op, Add | Concat) or moves_codes(op):
             for tensor in op.inputs:
                 decider[tensor] = decider[op.name]
+    _check_overrides(network, recipe, set(decider.values()))
     grids: dict[str, QParams] = {}
     for name in dict.fromkeys(decider.values()):
         sketch = _sketch_of(name, network, sketches)
@@ -96,6 +98,23 @@ def choose_qparams(
             qmin, qmax = _code(spec_.low, grid), _code(spec_.high, grid)
         result[op.name] = replace(grid, qmin=qmin, qmax=qmax)
     return result
+
+
+def _check_overrides(network: Network, recipe: Recipe, deciders: set[str]) -> None:
+    """Raise `RecipeError` for an override that would change nothing."""
+    weights = [op.name for op in network.ops if weighted(op)]
+    choices = {
+        "weights": (weights, "has no weights"),
+        "activations": (deciders - {network.input}, "keeps a grid that another layer decides"),
+    }
+    for override in recipe.overrides:
+        names, reason = choices[override.section]
+        if not any(fnmatchcase(name, override.layers) for name in names):
+            raise RecipeError(
+                f"the recipe {recipe.name!r} has an override for the {override.section} of "
+                f"{override.layers!r}, which {reason}. It would change nothing. Layers where it "
+                f"would: {', '.join(sorted(names))}."
+            )
 
 
 def _sketch_of(name: str, network: Network, sketches: Mapping[str, Sketch]) -> Sketch:
