@@ -3,18 +3,18 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint clean
 
-demo: $(INSTALLED)
+demo: .venv/.installed
 	$(BIN)/intact lenet --data digits -o demo
 	@echo "Open $(CURDIR)/demo/report.html in a browser."
 
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-lint: $(INSTALLED)
+lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
@@ -22,7 +22,11 @@ lint: $(INSTALLED)
 clean:
 	rm -rf .venv demo dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
-$(INSTALLED): pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) -e '.[dev]'
 	touch $@

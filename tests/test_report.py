@@ -18,9 +18,10 @@ from intact.analysis import Histogram, TensorAnalysis
 from intact.errors import IntactError, StorageError
 from intact.report import render, report_from_json, report_to_json, sentence, verdict
 from intact.report.axes import Axis, round_ticks
-from intact.report.numbers import minus_and_spaces, percent, points, real, share, size
+from intact.report.numbers import minus_and_spaces, points, real, share, size
 from intact.report.plots import HEIGHT, channel_plot, code_plot, histogram_plot
 from intact.report.value import Report
+from intact.significance import percent
 from report_fixture import deep_report, lenet_report, stage
 
 LENET = lenet_report()

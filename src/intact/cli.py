@@ -355,7 +355,7 @@ def evaluate(
     with _progress("loading") as tell:
         from intact.data import batches, load_dataset
         from intact.engines import load_engine
-        from intact.significance import wilson_interval
+        from intact.significance import percent, wilson_interval
         from intact.storage import load
 
         loaded = load(program)
@@ -382,8 +382,8 @@ def evaluate(
         typer.echo(json.dumps(facts, indent=2))
     else:
         _console().print(
-            f"{correct / total:.2%} ({correct:,} of {total:,}), "
-            f"95 % interval {low:.2%} to {high:.2%}"
+            f"{percent(correct / total, total)} ({correct:,} of {total:,}), "
+            f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
         )
 
 

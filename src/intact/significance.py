@@ -6,7 +6,7 @@ import math
 
 from scipy.stats import binomtest
 
-__all__ = ["decibels", "mcnemar_p", "paired_interval", "wilson_interval"]
+__all__ = ["decibels", "decimals", "mcnemar_p", "paired_interval", "percent", "wilson_interval"]
 
 CONFIDENCE = 0.95
 
@@ -62,3 +62,13 @@ def decibels(signal: float, noise: float) -> float | None:
     None where there is no noise, or no signal.
     """
     return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+
+
+def percent(fraction: float, total: int) -> str:
+    """An accuracy in percent, to the decimals that `total` images can support."""
+    return f"{100 * fraction:.{decimals(total)}f} %"
+
+
+def decimals(total: int) -> int:
+    """Decimals of a percentage of `total` images: one below 1,000, else two."""
+    return 1 if total < 1000 else 2

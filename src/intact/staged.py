@@ -16,7 +16,7 @@ from intact.errors import DataError
 from intact.network import Hook, Network
 from intact.ops import weighted
 from intact.program import Program
-from intact.significance import decibels, mcnemar_p, paired_interval, wilson_interval
+from intact.significance import decibels, mcnemar_p, paired_interval, percent, wilson_interval
 
 __all__ = ["StageResult", "Stages", "measure", "stage_table", "unscaled_bias"]
 
@@ -102,7 +102,7 @@ def stage_rows(results: Iterable[StageResult]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 r.name,
-                f"{100 * r.accuracy:.{1 if r.total < 1000 else 2}f} %",
+                percent(r.accuracy, r.total),
                 f"{100 * low:.1f}–{100 * high:.1f} %",
                 *(("", "", "") if r.name == "float" else compared),
                 "" if r.sqnr_db is None else f"{r.sqnr_db:.1f} dB",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from intact.significance import decimals
+
 __all__ = [
     "count",
     "decibel",
     "extent",
     "minus_and_spaces",
-    "percent",
     "points",
     "real",
     "share",
@@ -63,20 +64,10 @@ def superscript(n: int) -> str:
     return str(n).translate(_SUPERSCRIPT)
 
 
-def percent(fraction: float, total: int) -> str:
-    """An accuracy in percent, to the decimals that `total` images can support."""
-    return f"{100 * fraction:.{decimals(total)}f} %"
-
-
 def points(fraction: float, total: int) -> str:
     """A difference of accuracies in percentage points, with its sign: "-0.07", "+0.10", "0.00"."""
     text = f"{100 * fraction:+.{decimals(total)}f}"
     return text[1:] if float(text) == 0 else text
-
-
-def decimals(total: int) -> int:
-    """Decimals of a percentage of `total` images: one below 1,000, else two."""
-    return 1 if total < 1000 else 2
 
 
 def share(fraction: float) -> str:

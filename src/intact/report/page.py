@@ -32,6 +32,7 @@ from intact.report.plots import (
     stage_plot,
 )
 from intact.report.value import Report
+from intact.significance import percent
 
 __all__ = ["render"]
 
@@ -261,7 +262,7 @@ def _environment() -> Environment:
         "count": numbers.count,
         "decibel": numbers.decibel,
         "extent": numbers.extent,
-        "percent": numbers.percent,
+        "percent": percent,
         "points": numbers.points,
         "real": numbers.real,
         "shape": lambda shape: "×".join(map(str, shape)) or "scalar",

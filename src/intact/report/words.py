@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from intact.report.numbers import count, percent, size
+from intact.report.numbers import count, size
 from intact.report.value import Report
+from intact.significance import percent
 from intact.staged import StageResult
 
 __all__ = [
