@@ -185,7 +185,7 @@ def stages(weights: int, activations: int, integer: int, p: float) -> Stages:
     [
         ((870, 868, 867), "quantizing the weights"),
         ((899, 872, 870), "quantizing the activations"),
-        ((899, 898, 870), "integer biases"),
+        ((899, 898, 870), "integer arithmetic"),
     ],
 )
 def test_a_significant_loss_is_a_problem_and_names_its_step(counts, culprit):

@@ -203,6 +203,18 @@ def test_reduced_precision_settings_of_the_process_change_nothing(precision):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.filterwarnings("ignore:TF32:UserWarning")  # from asking for the flags
+def test_kernels_by_winograd_are_never_taken():
+    """Without oneDNN torch convolves with NNPACK, whose sums pass through fractions."""
+    rng = np.random.default_rng(8)
+    weight = rng.integers(-128, 128, (32, 16, 3, 3)).astype(np.int8)
+    program = conv_program(weight, padding=(1, 1, 1, 1), multiplier=np.array([300], np.int32))
+    codes = rng.integers(-128, 128, (64, 16, 6, 7)).astype(np.int8)
+    expected = ReferenceEngine(program)(codes)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert np.array_equal(TorchEngine(program)(codes), expected)
+
+
 def test_gpu_convolution_path_is_exact(monkeypatch):
     """Devices other than the CPU convolve by unfolding; that path runs here on the CPU."""
     rng = np.random.default_rng(4)

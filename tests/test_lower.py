@@ -264,6 +264,72 @@ def test_relu6_and_relu_become_code_ranges():
     assert (b.qmin, b.qmax) == (0, 127)
 
 
+def sqnr(module: nn.Module, x: torch.Tensor, recipe=DEFAULT) -> float:
+    with torch.inference_mode():
+        real = module.eval()(x).numpy().astype(np.float64)
+    got = intact.quantize(module, [x], recipe).run(x.numpy())
+    return float(10 * np.log10((real**2).sum() / ((got - real) ** 2).sum()))
+
+
+@pytest.mark.parametrize("grid", ["dyadic", "power_of_two", "float"])
+@pytest.mark.parametrize(
+    "pool", [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(3), nn.AvgPool2d(5, 2)], ids=str
+)
+def test_the_grid_of_multipliers_costs_an_average_pool_nothing(pool, grid):
+    """The scale of its result absorbs what the multiplier loses."""
+    x = torch.rand(4, 2, 112, 112, generator=torch.Generator().manual_seed(0)) + 0.2
+    assert sqnr(nn.Sequential(pool), x, replace(DEFAULT, grid=grid)) > 40
+
+
+@pytest.mark.parametrize("grid", ["dyadic", "power_of_two", "float"])
+def test_the_grid_of_multipliers_costs_a_residual_sum_little(grid):
+    torch.manual_seed(5)
+    assert sqnr(Residual(), torch.randn(32, 3, 8, 8), replace(DEFAULT, grid=grid)) > 27
+
+
+def test_an_add_is_scaled_for_its_own_operands_and_not_for_those_of_an_earlier_one():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(2, 2, 1) for _ in range(3))
+            nn.init.constant_(self.a.bias, -50.0)
+            nn.init.constant_(self.b.bias, 50.0)
+
+        def forward(self, x):
+            y = torch.relu(self.a(x) + self.b(x))
+            return torch.relu(y + self.c(y))
+
+    torch.manual_seed(6)
+    x = torch.randn(32, 2, 4, 4)
+    program = quantized(Twice(), x).program
+    first, second = (op.name for op in program.ops if isinstance(op, Add))
+    assert program.tensors[first].qparams.scale[0] > 0.3
+    assert program.tensors[second].qparams.scale[0] < 0.1
+
+
+def test_many_doublings_are_quantized_in_no_time():
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            for _ in range(24):  # 2**24 sketches would be merged if adds looked through adds
+                x = x + x
+            return x
+
+    assert sqnr(Doubling(), torch.rand(4, 1, 4, 4)) > 25
+
+
+def test_a_layer_with_nothing_but_a_bias_keeps_it():
+    layer = nn.Linear(8, 4)
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([0.1, -0.1, 0.05, -0.02]))
+    assert sqnr(layer, torch.randn(16, 8)) > 40
+
+
 # -- the front door ------------------------------------------------------------------------------
 
 

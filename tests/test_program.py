@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -587,3 +588,9 @@ def test_a_notebook_shows_every_op_and_trusts_no_name():
     builder.add(GlobalAvgPool(hostile, ("x",)), QParams((1.0,)))
     builder.parameters[f"{hostile}.multiplier"] = np.array([7281], np.int32)
     assert "<script>" not in builder.finish()._repr_html_()
+
+
+def test_a_program_can_be_copied_and_sent_to_other_processes():
+    program = example()
+    assert copy.deepcopy(program) == program
+    assert pickle.loads(pickle.dumps(program)) == program  # noqa: S301

@@ -88,7 +88,10 @@ SUPPORTED = (
 )
 
 _ACTIVATION = "Use ReLU, ReLU6 or a clamp."
-_ARITHMETIC = "A constant factor or offset belongs in the weights or bias of the layer before it."
+_ARITHMETIC = (
+    "A constant factor or offset belongs in the weights or bias of the layer before it; of two "
+    "tensors, only sums are supported."
+)
 _NORM = "Use batch norm: its statistics are constants, so it folds into the layer before it."
 _SLICE = "Compute the parts by layers of their own, and join them with cat."
 _PRODUCT = "Use nn.Linear or nn.Conv2d, whose weights are constants."
@@ -634,21 +637,30 @@ _BOUNDS: dict[Any, tuple[float, float]] = {
 @_converts(*_BOUNDS, _aten.hardtanh.default, _aten.clamp.default, _aten.clip.default)
 @_converts(_aten.clamp_min.default, _aten.clamp_max.default)
 def _clamp(b: _Builder, node: Node, a: dict[str, Any]) -> str:
-    """Fused into the producer where that is possible."""
-    x, op = b.tensor(a["self"]), b.ops.get(b.tensor(a["self"]))
+    """Fused into the producer where that is possible.
+
+    A clamp commutes with ops that only move values, so the producer may stand before a max pool:
+    otherwise its grid would spend codes on values that nobody reads.
+    """
+    x = b.tensor(a["self"])
     low, high = _BOUNDS.get(node.target, (a.get("min"), a.get("max")))
     if low is None:
         low = a.get("min_val", -math.inf)
     if high is None:
         high = a.get("max_val", math.inf)
+    source, op = x, b.ops.get(x)
+    while isinstance(op, MaxPool2d | Reshape | Permute) and source not in b.shared:
+        source = op.inputs[0]
+        op = b.ops.get(source)
     fusible = op is not None and (accumulates(op) or isinstance(op, Add | Clamp))
-    if not fusible or x in b.shared:
-        x = b.emit(node, Clamp(b.name(node), (x,)), b.shape(node))
-    spec = b.tensors[x]
+    result = x
+    if not fusible or source in b.shared:
+        result = source = b.emit(node, Clamp(b.name(node), (x,)), b.shape(node))
+    spec = b.tensors[source]
     # It may be a clamp of a clamp. Where low > high everything becomes high, as in torch.
     least, most = (float(min(max(bound, low), high)) for bound in (spec.low, spec.high))
-    b.tensors[x] = replace(spec, low=least, high=most)
-    return x
+    b.tensors[source] = replace(spec, low=least, high=most)
+    return result
 
 
 def _overhang(a: dict[str, Any], size: Shape, out: Shape, dilation: Pair) -> Padding:

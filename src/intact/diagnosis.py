@@ -84,7 +84,8 @@ def _accuracy(stages: Stages) -> Iterator[Finding]:
     steps = {
         "quantizing the weights": stages["weights"].accuracy - stages["float"].accuracy,
         "quantizing the activations": stages["activations"].accuracy - stages["weights"].accuracy,
-        "integer biases": final.accuracy - stages["activations"].accuracy,
+        "integer arithmetic (multipliers and biases)": final.accuracy
+        - stages["activations"].accuracy,
     }
     worst = min(steps, key=lambda step: steps[step])
     yield Finding(
@@ -119,6 +120,7 @@ def _one_sided(analysis: Analysis) -> Iterator[Finding]:
         layer
         for layer in analysis.layers
         if layer.multiplier
+        and _decider(analysis, layer.name) == layer.name
         and layer.activation.min >= 0
         and layer.activation.max > 0
         and layer.activation.zero_point == 0

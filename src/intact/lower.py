@@ -110,6 +110,8 @@ def quantize_weight(
     that it implies, so the grid costs no accuracy. arithmetic.md, section 3.
     """
     wanted = _weight_scales(weight, spec)
+    if not weight.any():  # nothing but a bias: its steps shall be much finer than the result's
+        wanted = np.full_like(wanted, 2.0**-8 / ratio)
     if bias is not None:
         magnitude = np.abs(bias.astype(np.float64))
         wanted = np.maximum(

@@ -135,13 +135,18 @@ class Program:
                  has loaded it already, else the reference. The bits are the same
         returns  int8 or uint8 `[N, *output shape]`
         """
-        from intact.engines import load_engine
+        from intact.engines import engine_name, load_engine
 
         array = _as_array(x)
         spec = self.tensors[self.input].qparams
         given = array if array.dtype == spec.dtype else self.quantize_input(array)
         self.check_codes(given)
-        return load_engine(engine, self)(given)
+        name = engine_name(engine)
+        engines = self.__dict__.setdefault("_engines", {})  # a program never changes: made once
+        if name not in engines:
+            engines[name] = load_engine(name, self)
+        codes: Array = engines[name](given)
+        return codes
 
     def run(self, x: npt.ArrayLike, engine: str = "auto") -> npt.NDArray[np.float32]:
         """Run a batch: float32 `[N, *input shape]` in, float32 `[N, *output shape]` out.
@@ -228,6 +233,12 @@ class Program:
 
     def __hash__(self) -> int:
         return hash(self.sha256)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles (of one's own: to other processes) go through the file's bytes."""
+        from intact.storage import from_bytes, to_bytes
+
+        return from_bytes, (to_bytes(self), "a pickled program")
 
     def __repr__(self) -> str:
         return (

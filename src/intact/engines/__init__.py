@@ -18,7 +18,7 @@ from intact.errors import ProgramError
 if TYPE_CHECKING:
     from intact.program import Program
 
-__all__ = ["ENGINES", "CodesHook", "Engine", "load_engine"]
+__all__ = ["ENGINES", "CodesHook", "Engine", "engine_name", "load_engine"]
 
 ENGINES = ("auto", "reference", "torch")
 
@@ -34,8 +34,8 @@ class Engine(Protocol):
         ...
 
 
-def load_engine(name: str, program: Program) -> Engine:
-    """Make the engine `name` for `program`.
+def engine_name(name: str) -> str:
+    """The engine that a user means.
 
     "auto" is torch where this process has loaded it already, else the reference: loading torch
     costs more than most programs.
@@ -43,8 +43,13 @@ def load_engine(name: str, program: Program) -> Engine:
     if name not in ENGINES:
         raise ProgramError(f"there is no engine {name!r}; choose one of {', '.join(ENGINES)}.")
     if name == "auto":
-        name = "torch" if sys.modules.get("torch") else "reference"
-    if name == "reference":
+        return "torch" if sys.modules.get("torch") else "reference"
+    return name
+
+
+def load_engine(name: str, program: Program) -> Engine:
+    """Make the engine `name` for `program`."""
+    if engine_name(name) == "reference":
         from intact.engines.reference import ReferenceEngine
 
         return ReferenceEngine(program)

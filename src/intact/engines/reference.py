@@ -39,8 +39,8 @@ __all__ = ["ReferenceEngine"]
 
 Array = npt.NDArray[Any]
 
-PATCH_ELEMENTS = 2**23
-"""How many int64 elements the patches of a convolution may have at a time, about."""
+SLICE_ELEMENTS = 2**22
+"""Elements of the largest tensor of a slice of the batch, about: bounds memory."""
 
 
 class ReferenceEngine:
@@ -49,17 +49,8 @@ class ReferenceEngine:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._freed = last_uses(program.ops, (program.output,))
-        largest = max(
-            (
-                math.prod(program.tensors[op.name].shape[1:])
-                * op.groups
-                * program.parameters[f"{op.name}.weight"][0].size
-                for op in program.ops
-                if isinstance(op, Conv2d)
-            ),
-            default=1,
-        )
-        self._slice = max(1, min(64, PATCH_ELEMENTS // largest))
+        largest = max(math.prod(tensor.shape) for tensor in program.tensors.values())
+        self._slice = max(1, SLICE_ELEMENTS // largest)
 
     def __call__(self, codes: Array, hook: CodesHook | None = None) -> Array:
         """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
@@ -153,13 +144,16 @@ def windows(x: Array, kernel: Pair, stride: Pair, dilation: Pair) -> Array:
 
 
 def convolve(x: Array, weight: Array, stride: Pair, dilation: Pair, groups: int) -> Array:
-    """Cross-correlation of integers: `[N, C, H, W]`, `[O, C / g, kh, kw]` -> `[N, O, H', W']`."""
+    """Cross-correlation of integers: `[N, C, H, W]`, `[O, C / g, kh, kw]` -> `[N, O, H', W']`.
+
+    Summed position by position of the kernel, so that no patches need to be laid out.
+    """
     out_channels, in_channels, kh, kw = weight.shape
-    patches = windows(x, (kh, kw), stride, dilation)
-    n, _, height, width = patches.shape[:4]
-    # [N, g, H'W', (C / g) kh kw] times [g, (C / g) kh kw, O / g]
-    grouped = patches.reshape(n, groups, in_channels, height, width, kh, kw)
-    columns = grouped.transpose(0, 1, 3, 4, 2, 5, 6).reshape(n, groups, height * width, -1)
-    kernel = weight.astype(np.int64).reshape(groups, out_channels // groups, -1)
-    acc = columns @ kernel.transpose(0, 2, 1)
-    return np.asarray(acc.transpose(0, 1, 3, 2).reshape(n, out_channels, height, width))
+    taps = windows(x, (kh, kw), stride, dilation)
+    n, _, height, width = taps.shape[:4]
+    kernel = weight.astype(np.int64).reshape(groups, out_channels // groups, in_channels, kh, kw)
+    acc = np.zeros((n, groups, out_channels // groups, height * width), np.int64)
+    for i, j in np.ndindex(kh, kw):
+        tap = taps[..., i, j].reshape(n, groups, in_channels, height * width)
+        acc += kernel[..., i, j] @ tap  # [g, O / g, C / g] times [N, g, C / g, H'W']
+    return acc.reshape(n, out_channels, height, width)

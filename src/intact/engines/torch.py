@@ -9,6 +9,7 @@ magnitude, so exact, and padding is plain 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +48,9 @@ FLOAT32_EXACT = 2**24
 """Integers up to this magnitude, and their sums below it, are exact in float32."""
 
 SLICE = 256
-"""Samples at a time: keeps the activations in the cache, and bounds memory."""
+"""Samples at a time, at most."""
+SLICE_ELEMENTS = 2**25
+"""Elements of the largest tensor of a slice, about: bounds memory."""
 
 
 class TorchEngine:
@@ -65,6 +68,8 @@ class TorchEngine:
         # A GPU library may pick Winograd or FFT, whose intermediate values are fractions; unfolding
         # leaves sums of products only. On the CPU torch convolves directly.
         self._unfolds = self.device.type != "cpu"
+        largest = max(math.prod(tensor.shape) for tensor in program.tensors.values())
+        self._slice = max(1, min(SLICE, SLICE_ELEMENTS // largest))
 
     def accumulator_dtype(self, op: Op) -> torch.dtype:
         """The cheapest float type in which the op's accumulators are proven exact."""
@@ -96,8 +101,8 @@ class TorchEngine:
         if not len(codes):
             return empty_batch(self.program)
         with _exact_kernels(self.device):
-            starts = range(0, len(codes), SLICE)
-            return np.concatenate([self._run(codes[i : i + SLICE], hook) for i in starts])
+            starts = range(0, len(codes), self._slice)
+            return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
 
     def _run(self, codes: npt.NDArray[Any], hook: CodesHook | None) -> npt.NDArray[Any]:
         program = self.program
@@ -212,6 +217,11 @@ def _exact_kernels(device: torch.device) -> Iterator[None]:
     Reduced precision of the *operands* (TF32, or bfloat16 under
     `torch.set_float32_matmul_precision("medium")`) does no harm: centred codes and weights are
     integers of at most 256 in magnitude, which even bfloat16 holds, and the sums stay float32.
+    NNPACK, which torch takes where oneDNN is missing, convolves by Winograd and FFT: never here.
     """
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, enabled=False),
+        torch.backends.nnpack.flags(enabled=False),
+    ):
         yield
