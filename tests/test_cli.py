@@ -336,7 +336,7 @@ def test_evaluate_finds_what_the_integer_stage_found(demo, results, engine):
 def test_evaluate_says_so_in_words(demo, results):
     correct = results["stages"][-1]["correct"]
     ran = intact_("evaluate", demo[0] / "program.safetensors")
-    assert ran.out.startswith(f"{correct / 500:.2%} ({correct} of 500), 95 % interval ")
+    assert ran.out.startswith(f"{correct / 5:.1f} % ({correct} of 500), 95 % interval ")
 
 
 def test_report_draws_the_same_page_again(demo, results, tmp_path):

@@ -19,7 +19,7 @@ from intact.errors import IntactError, StorageError
 from intact.report import render, report_from_json, report_to_json, sentence, verdict
 from intact.report.axes import Axis, round_ticks
 from intact.report.numbers import minus_and_spaces, points, real, share, size
-from intact.report.plots import HEIGHT, channel_plot, code_plot, histogram_plot
+from intact.report.plots import HEIGHT, channel_plot, code_plot, histogram_plot, stage_plot
 from intact.report.value import Report
 from intact.significance import percent
 from report_fixture import deep_report, lenet_report, stage
@@ -462,3 +462,14 @@ def test_a_page_is_light_enough_for_a_mail() -> None:
     print({name: size(n) for name, n in sizes.items()})  # noqa: T201
     assert sizes["LeNet"] < 250_000
     assert sizes["50 convolutions"] < 1_100_000
+
+
+def test_a_stage_far_below_does_not_squeeze_the_others():
+    report = lenet_report()
+    first = report.stages[0]
+    lost = dataclasses.replace(first, name="bias-unscaled", accuracy=first.accuracy - 0.4)
+    near = dataclasses.replace(first, name="integer", accuracy=first.accuracy - 0.001)
+    plot = stage_plot([first, lost, near])
+    assert plot.off == (False, True, False)
+    assert plot.high[0] - plot.low[0] > 0.5
+    assert stage_plot([first, near]).low[0] == plot.low[0]

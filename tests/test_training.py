@@ -420,3 +420,12 @@ def test_predict_gives_the_class_with_the_largest_logit(few_digits):
     x = few_digits.test_images[:10].astype(np.float32) / 255
     logits = model((torch.from_numpy(x) - 0.5) / 0.5)
     assert predict(model, few_digits.test_images[:10]).tolist() == logits.argmax(1).tolist()
+
+
+def test_a_checkpoint_is_never_overwritten_by_a_new_training(tmp_path):
+    out = tmp_path / "weights.safetensors"
+    checkpoint = tmp_path / "weights.safetensors.checkpoint"
+    checkpoint.write_bytes(b"hours of work")
+    with pytest.raises(StorageError, match="Go on from it with --resume, or delete it"):
+        train_lenet(load_dataset("digits"), "last", "best", 0, out, command="test")
+    assert checkpoint.read_bytes() == b"hours of work"

@@ -105,7 +105,7 @@ def stage_rows(results: Iterable[StageResult]) -> list[tuple[str, ...]]:
                 percent(r.accuracy, r.total),
                 f"{100 * low:.1f}–{100 * high:.1f} %",
                 *(("", "", "") if r.name == "float" else compared),
-                "" if r.sqnr_db is None else f"{r.sqnr_db:.1f} dB",
+                "" if r.sqnr_db is None else f"{round(r.sqnr_db, 1) + 0.0:.1f} dB",
             )
         )
     return rows

@@ -337,6 +337,11 @@ def train_lenet(
         torch.manual_seed(seed)
         model = LeNet(bias)
     checkpoint = path.with_name(path.name + ".checkpoint")
+    if checkpoint.exists() and not resume:
+        raise StorageError(
+            f"{checkpoint} is there, from a training that was interrupted. Go on from it with "
+            "--resume, or delete it to start anew."
+        )
     train(model, dataset, settings, seed, checkpoint=checkpoint, resume=resume, progress=progress)
     with _one_thread():
         correct = int((predict(model, dataset.test_images) == dataset.test_labels).sum())

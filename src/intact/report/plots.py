@@ -90,13 +90,17 @@ class ChannelPlot:
 
 @dataclass(frozen=True, slots=True)
 class StagePlot:
-    """The accuracies of all stages on one axis, and their flips on another."""
+    """The accuracies of all stages on one axis, and their flips on another.
+
+    off  stages so far below that an axis which holds them would leave nothing to see of the others
+    """
 
     ticks: tuple[Tick, ...]
     reference: float
     low: tuple[float, ...]
     dot: tuple[float, ...]
     high: tuple[float, ...]
+    off: tuple[bool, ...]
     wrong: tuple[float, ...]
     right: tuple[float, ...]
 
@@ -202,19 +206,27 @@ def channel_plot(tensor: TensorAnalysis) -> ChannelPlot | None:
     return ChannelPlot(_svg(height, parts), round_ticks(axis, 3))
 
 
+FAR_OFF = 3
+"""A stage that many interval widths below float is left off the axis."""
+
+
 def stage_plot(stages: Sequence[StageResult]) -> StagePlot:
     """Positions of all stages: accuracies in percent, flips as a share of the largest count."""
-    ends = [100 * end for s in stages for end in (*s.interval, s.accuracy)]
+    low, high = stages[0].interval
+    off = [stages[0].accuracy - s.accuracy > FAR_OFF * (high - low) for s in stages]
+    shown = [s for s, far in zip(stages, off, strict=True) if not far]
+    ends = [100 * end for s in shown for end in (*s.interval, s.accuracy)]
     axis = Axis.around(*ends, margin=0.06)
-    most = max(1, *(max(s.flips_to_wrong, s.flips_to_right) for s in stages))
+    most = max(1, *(max(s.flips_to_wrong, s.flips_to_right) for s in shown))
     return StagePlot(
         ticks=round_ticks(axis, 5),
         reference=axis.at(100 * stages[0].accuracy),
         low=tuple(axis.at(100 * s.interval[0]) for s in stages),
         dot=tuple(axis.at(100 * s.accuracy) for s in stages),
         high=tuple(axis.at(100 * s.interval[1]) for s in stages),
-        wrong=tuple(s.flips_to_wrong / most for s in stages),
-        right=tuple(s.flips_to_right / most for s in stages),
+        off=tuple(off),
+        wrong=tuple(0.0 if s not in shown else s.flips_to_wrong / most for s in stages),
+        right=tuple(0.0 if s not in shown else s.flips_to_right / most for s in stages),
     )
 
 
