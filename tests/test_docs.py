@@ -88,7 +88,7 @@ def _run_command(command: str) -> str:
         return subprocess.run(
             [sys.executable, *words[1:]], capture_output=True, text=True, check=True
         ).stdout
-    assert words[0] in {"pip", "git", "cd", "make", "python", "torchrun"}, command
+    assert words[0] in {".", "pip", "git", "cd", "make", "python", "torchrun"}, command
     return ""
 
 
