@@ -21,6 +21,7 @@ __all__ = [
     "QParams",
     "accumulator_bits",
     "accumulator_bound",
+    "accumulator_scale",
     "code_range",
     "dequantize",
     "dyadic_shift",
@@ -281,6 +282,15 @@ def accumulator_bound(
     total = np.maximum(rows, 0).sum(axis=1, dtype=np.int64)
     total = (total - np.minimum(rows, 0).sum(axis=1, dtype=np.int64)) * max_input
     return np.asarray(total if bias is None else total + np.abs(bias.astype(np.int64)), np.int64)
+
+
+def accumulator_scale(input_scale: float, weight_scale: Float32) -> npt.NDArray[np.float64]:
+    """What one unit of an accumulator, and so of a bias, is worth: `scale_x * scale_w[o]`, float64.
+
+    arithmetic.md, section 2.
+    """
+    unit: npt.NDArray[np.float64] = weight_scale.astype(np.float64) * input_scale
+    return unit
 
 
 def accumulator_bits(bound: int) -> int:

@@ -99,6 +99,7 @@ def choose_qparams(
             for tensor in op.inputs:
                 decider[tensor] = decider[op.name]
     _check_overrides(network, recipe, set(decider.values()))
+    rescaled = _rescaled(network, decider) if recipe.grid == "power_of_two" else set()
     grids: dict[str, QParams] = {}
     for name in dict.fromkeys(decider.values()):
         sketch = _sketch_of(name, network, sketches)
@@ -110,7 +111,7 @@ def choose_qparams(
         low, high = choose_range(sketch, spec.range, bits=spec.bits, symmetric=symmetric)
         grids[name] = grid_for_range(low, high, spec)
         op = producers[name]
-        if recipe.grid == "power_of_two" and name in _rescaled(network, decider):
+        if name in rescaled:
             scale = 2.0 ** math.ceil(math.log2(grids[name].scale[0]))
             grids[name] = replace(grids[name], scale=(scale,))
         elif isinstance(op, AvgPool2d | GlobalAvgPool):
@@ -172,9 +173,9 @@ def grid_for_range(low: float, high: float, spec: ActivationRecipe) -> QParams:
         return QParams((1.0,), 0, qmin, qmax, spec.bits, signed)
     if signed:
         divisor = -qmin if spec.scheme == "textbook" else qmax
-        return QParams((_float32(max(-low, high) / divisor),), 0, qmin, qmax, spec.bits, signed)
+        return QParams((_scale(max(-low, high) / divisor),), 0, qmin, qmax, spec.bits, signed)
     scale, zero_point = affine_grid(low, high, spec.bits)
-    return QParams((_float32(scale),), zero_point, qmin, qmax, spec.bits, signed)
+    return QParams((_scale(scale),), zero_point, qmin, qmax, spec.bits, signed)
 
 
 def _input_grid(sketch: Sketch, spec: InputRecipe) -> QParams:
@@ -205,7 +206,7 @@ def _absorbing(grid: QParams, unit: float, multipliers: Grid) -> QParams:
     value = float(multiplier_value(below, grid.bits)[0])
     if value * grid.scale[0] > unit:  # no legal multiplier is as small
         return grid
-    return replace(grid, scale=(_float32(unit / value),))
+    return replace(grid, scale=(_scale(unit / value),))
 
 
 def _code(bound: float, grid: QParams) -> int:
@@ -213,5 +214,5 @@ def _code(bound: float, grid: QParams) -> int:
     return int(quantize(bound, grid))
 
 
-def _float32(value: float) -> float:
+def _scale(value: float) -> float:
     return max(float(np.float32(value)), float(np.finfo(np.float32).tiny))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from intact.analysis import Analysis, LayerAnalysis, TensorAnalysis
+from intact.significance import SIGNIFICANCE
 from intact.staged import Stages
 
 __all__ = ["Finding", "diagnose"]
@@ -49,7 +50,6 @@ FEW_IMAGES = 128
 FEW_CODES = 0.5
 NOISY_DB = 20.0
 """Below this, a tenth of the signal's amplitude is noise."""
-SIGNIFICANT = 0.05
 
 _ORDER = {"problem": 0, "advice": 1, "note": 2}
 
@@ -79,7 +79,7 @@ def diagnose(analysis: Analysis, stages: Stages, calibration_images: int) -> tup
 def _accuracy(stages: Stages) -> Iterator[Finding]:
     """The integer program is significantly worse than the float network."""
     final = stages["integer"]
-    if final.p_value >= SIGNIFICANT or final.difference >= 0:
+    if final.p_value >= SIGNIFICANCE or final.difference >= 0:
         return
     steps = {
         "quantizing the weights": stages["weights"].accuracy - stages["float"].accuracy,

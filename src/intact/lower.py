@@ -11,6 +11,7 @@ import numpy.typing as npt
 from intact.arithmetic import (
     Grid,
     QParams,
+    accumulator_scale,
     code_range,
     dequantize,
     grid_neighbours,
@@ -145,8 +146,7 @@ def quantize_bias(
 
     The quotient is float64 and saturates at the ends of int32. arithmetic.md, section 2.
     """
-    unit = np.float64(input_scale) * weight_scale.astype(np.float64)
-    codes = np.rint(bias.astype(np.float64) / unit)
+    codes = np.rint(bias.astype(np.float64) / accumulator_scale(input_scale, weight_scale))
     clipped: npt.NDArray[np.int32] = np.clip(codes, -(2**31), 2**31 - 1).astype(np.int32)
     return clipped
 

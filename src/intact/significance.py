@@ -6,9 +6,19 @@ import math
 
 from scipy.stats import binomtest
 
-__all__ = ["decibels", "decimals", "mcnemar_p", "paired_interval", "percent", "wilson_interval"]
+__all__ = [
+    "SIGNIFICANCE",
+    "decibels",
+    "decimals",
+    "mcnemar_p",
+    "paired_interval",
+    "percent",
+    "wilson_interval",
+]
 
 CONFIDENCE = 0.95
+SIGNIFICANCE = 0.05
+"""Flips at least as likely as this under pure chance are called noise."""
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:

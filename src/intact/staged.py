@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from intact.arithmetic import QParams, dequantize, quantize
+from intact.arithmetic import QParams, accumulator_scale, dequantize, quantize
 from intact.engines.torch import TorchEngine
 from intact.errors import DataError
 from intact.network import Hook, Network
@@ -176,7 +176,7 @@ def unscaled_bias(network: Network, program: Program) -> Network:
         name = f"{op.name}.bias"
         if name in network.parameters:
             scale = program.tensors[op.inputs[0]].qparams.scale[0]
-            unit = scale * program.parameters[f"{op.name}.weight_scale"].astype(np.float64)
+            unit = accumulator_scale(scale, program.parameters[f"{op.name}.weight_scale"])
             biases[name] = network.parameters[name] * torch.from_numpy(unit)
     return network.with_parameters(biases)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from intact.report.numbers import count, size
 from intact.report.value import Report
-from intact.significance import percent
+from intact.significance import SIGNIFICANCE, percent
 from intact.staged import StageResult
 
 __all__ = [
-    "SIGNIFICANCE",
     "explanation",
     "headline",
     "p_value",
@@ -16,9 +15,6 @@ __all__ = [
     "stage_title",
     "verdict",
 ]
-
-SIGNIFICANCE = 0.05
-"""Flips at least as likely as this under pure chance are called noise."""
 
 _STAGES = {
     "float": ("Float network", "The trained network, as it was."),
