@@ -152,12 +152,31 @@ def test_a_training_that_diverges_says_so():
         train(network(), noise(), replace(PLAIN, batch_size=2, learning_rate=1e10), seed=0)
 
 
-def test_a_model_with_state_that_a_checkpoint_would_miss_is_refused():
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 4))
-    with pytest.raises(
-        IntactError, match=r"with buffers cannot be trained here: \['1.running_mean"
-    ):
-        train(model, noise(), PLAIN, seed=0)
+def normalised(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(80, 4))
+
+
+def test_statistics_of_batch_norm_are_not_combined_with_averaged_weights():
+    with pytest.raises(IntactError, match=r"\['1.running_mean.*Train it with average=0"):
+        train(normalised(), noise(), EVERYTHING, seed=0)
+
+
+def test_the_statistics_of_batch_norm_survive_an_interruption(tmp_path):
+    schedule = replace(EVERYTHING, average=0.0)
+    expected, parts, again = normalised(), normalised(), normalised()
+    train(expected, noise(), schedule, seed=2)
+
+    def stop(*at: float) -> None:
+        if at[:2] == (3, 1):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "c"
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, noise(), schedule, 2, checkpoint=path, progress=stop)
+    train(again, noise(), schedule, 2, checkpoint=path, resume=True)
+    assert equal(weights(again), weights(expected))
+    assert weights(again)["1.num_batches_tracked"] == 4 * 3
 
 
 # -- augmentation --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -31,8 +31,19 @@ from intact.data import Dataset, Images, batches, to_input
 from intact.errors import DataError, IntactError, StorageError
 from intact.storage import write_atomically
 from intact.zoo.lenet import CLASSES, INPUT_SHAPE, Bias, LeNet
+from intact.zoo.resnet import ResNet20
 
-__all__ = ["SCHEDULES", "Progress", "Schedule", "Trained", "schedule_for", "train", "train_lenet"]
+__all__ = [
+    "SCHEDULES",
+    "Progress",
+    "Schedule",
+    "Trained",
+    "resnet20_schedule",
+    "schedule_for",
+    "train",
+    "train_lenet",
+    "train_resnet20",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,17 @@ BEST = Schedule(
 # Digits are few and easy, and the mirror image of a digit is not that digit.
 BEST_DIGITS = replace(BEST, epochs=30, batch_size=32, learning_rate=0.01, average=0.99, flip=False)
 SCHEDULES = ("two-epoch", "best")
+RESNET20 = Schedule(
+    epochs=60,
+    batch_size=128,
+    learning_rate=0.2,
+    nesterov=True,
+    weight_decay=5e-4,
+    warmup=0.15,
+    anneal=True,
+    crop=4,
+    flip=True,
+)
 
 
 def schedule_for(name: str, data: str) -> Schedule:
@@ -115,7 +137,8 @@ def train(
 ) -> None:
     """Train `model` in place on the training set alone, and leave it in eval mode.
 
-    model       all of its state is parameters: one with buffers, as of batch norm, is refused
+    model       one with buffers, as of batch norm, is refused where weights are averaged: its
+                statistics are those of the last step's weights
     checkpoint  a file, written atomically after every epoch: what an interruption leaves
     resume      go on from the checkpoint if there is one. The result is then that of a run that was
                 never interrupted. A checkpoint of another model, data set, schedule or seed raises
@@ -136,12 +159,15 @@ def train(
 
 
 class _Run:
-    """The state of a training run: weights, momenta and averages, each by the parameter's name."""
+    """The state of a training run: weights, momenta, averages and buffers, each by its name."""
 
     def __init__(self, model: nn.Module, dataset: Dataset, schedule: Schedule, seed: int) -> None:
-        buffers = [name for name, _ in model.named_buffers()]
-        if buffers:
-            raise IntactError(f"a model with buffers cannot be trained here: {buffers[:3]}.")
+        self.buffers = dict(model.named_buffers())
+        if self.buffers and schedule.average:
+            raise IntactError(
+                f"a model with buffers, {list(self.buffers)[:3]}, has statistics that do not fit "
+                "averaged weights. Train it with average=0."
+            )
         self.model, self.dataset, self.schedule, self.seed = model, dataset, schedule, seed
         self.parameters = dict(model.named_parameters())
         self.momenta = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -221,6 +247,7 @@ class _Run:
             "weight": self.parameters,
             "momentum": self.momenta,
             "average": self.averages,
+            "buffer": self.buffers,
         }
         return {
             f"{group}:{name}": tensor.detach()
@@ -325,33 +352,76 @@ def train_lenet(
     came about, `command` included. While the training runs, its checkpoint is at
     `OUT.checkpoint`; with `resume`, a run that was interrupted goes on from there.
     """
+    settings = schedule_for(schedule, dataset.name)
+    about = {"network": "LeNet", "bias": bias, "schedule": {"name": schedule, **asdict(settings)}}
+    return _train_to_file(
+        lambda: LeNet(bias), dataset, settings, seed, out, about, command, resume, progress
+    )
+
+
+def resnet20_schedule(data: str, epochs: int | None = None) -> Schedule:
+    """`RESNET20` for a data set's name, in so many epochs; digits are not mirrored."""
+    return replace(RESNET20, epochs=epochs or RESNET20.epochs, flip=data != "digits")
+
+
+def train_resnet20(
+    dataset: Dataset,
+    schedule: Schedule,
+    seed: int,
+    out: str | PathLike[str],
+    *,
+    command: str,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a ResNet-20 from its seed, and write its weights to the safetensors file `out`.
+
+    As `train_lenet`; the file is what `read_resnet20` reads, and `resnet20_schedule` has the
+    schedule.
+    """
+    about = {"network": "ResNet-20", "schedule": asdict(schedule)}
+    return _train_to_file(ResNet20, dataset, schedule, seed, out, about, command, resume, progress)
+
+
+def _train_to_file(
+    make: Callable[[], nn.Module],
+    dataset: Dataset,
+    schedule: Schedule,
+    seed: int,
+    out: str | PathLike[str],
+    about: Mapping[str, Any],
+    command: str,
+    resume: bool,
+    progress: Progress | None,
+) -> Trained:
+    """Train what `make` initialises from the seed; see `train_lenet`.
+
+    about  what the header says of network and schedule
+    """
     size, classes = dataset.train_images.shape[1:], len(dataset.classes)
     if size != INPUT_SHAPE or classes > CLASSES:
         raise DataError(
-            f"LeNet takes {list(INPUT_SHAPE)} images of at most {CLASSES} classes, not "
-            f"{list(size)} of {classes}."
+            f"{about['network']} takes {list(INPUT_SHAPE)} images of at most {CLASSES} classes, "
+            f"not {list(size)} of {classes}."
         )
     path = Path(out)
-    settings = schedule_for(schedule, dataset.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LeNet(bias)
+        model = make()
     checkpoint = path.with_name(path.name + ".checkpoint")
     if checkpoint.exists() and not resume:
         raise StorageError(
             f"{checkpoint} is there, from a training that was interrupted. Go on from it with "
             "--resume, or delete it to start anew."
         )
-    train(model, dataset, settings, seed, checkpoint=checkpoint, resume=resume, progress=progress)
+    train(model, dataset, schedule, seed, checkpoint=checkpoint, resume=resume, progress=progress)
     with _one_thread():
         correct = int((predict(model, dataset.test_images) == dataset.test_labels).sum())
     result = Trained(path, correct, len(dataset.test_labels))
-    about = {
+    facts = {
+        **about,
         "command": command,
-        "network": "LeNet",
-        "bias": bias,
         "data": {"name": dataset.name, "sha256": dataset.sha256},
-        "schedule": {"name": schedule, **asdict(settings)},
         "seed": seed,
         "test": {"correct": correct, "total": result.total, "accuracy": result.accuracy},
         "threads": 1,
@@ -361,7 +431,7 @@ def train_lenet(
             "numpy": np.__version__,
         },
     }
-    _write(path, model.state_dict(), ("training", about))
+    _write(path, model.state_dict(), ("training", facts))
     checkpoint.unlink(missing_ok=True)
     return result
 

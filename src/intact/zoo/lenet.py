@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from intact.errors import IntactError, StorageError
+from intact.errors import IntactError
+from intact.zoo.reading import read_weights
 
 __all__ = ["BIASES", "Bias", "LeNet", "load_lenet", "read_lenet"]
 
@@ -74,37 +74,7 @@ def load_lenet(data: str, bias: Bias) -> LeNet:
 def read_lenet(path: str | PathLike[str], bias: Bias) -> LeNet:
     """A LeNet with the weights of a safetensors file; in eval mode.
 
-    The file must hold exactly the tensors of `LeNet(bias).state_dict()`, float32 and finite;
-    otherwise `StorageError` lists everything that is wrong with it.
+    The file must hold exactly the tensors of `LeNet(bias).state_dict()`; otherwise `StorageError`
+    lists everything that is wrong with it.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} cannot be read as a safetensors file: {error}") from error
-    model = LeNet(bias)
-    defects = _defects(tensors, model.state_dict())
-    if defects:
-        raise StorageError(
-            f"{path} does not hold the weights of a LeNet with bias {bias!r}: "
-            + "; ".join(defects)
-            + "."
-        )
-    model.load_state_dict(tensors)
-    return model.eval()
-
-
-def _defects(given: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
-    """Every way in which the tensors are not those that the network wants."""
-    defects = [f"{name} is missing" for name in wanted if name not in given]
-    for name, tensor in given.items():
-        if name not in wanted:
-            defects.append(f"{name} is not part of the network")
-        elif tensor.shape != wanted[name].shape:
-            shape, right = list(tensor.shape), list(wanted[name].shape)
-            defects.append(f"{name} has shape {shape}, not {right}")
-        elif tensor.dtype != torch.float32:
-            defects.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, not float32")
-        elif not torch.isfinite(tensor).all():
-            defects.append(f"{name} holds NaN or infinity")
-    return defects
+    return read_weights(LeNet(bias), path, f"a LeNet with bias {bias!r}")

@@ -1,0 +1,88 @@
+"""ResNet-20 for 3x32x32 images: the small residual network that CIFAR-10 results are quoted for."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from intact.zoo.reading import read_weights
+
+__all__ = ["ResNet20", "read_resnet20"]
+
+CLASSES = 10
+BLOCKS = 3
+"""Residual blocks of a stage; with two convolutions each, the first one and the last layer: 20."""
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with batch norm, added to the input.
+
+    `[N, in_channels, H, W]` to `[N, channels, H / stride, W / stride]`. Where the shapes differ,
+    the input goes through a 1x1 convolution with batch norm (option B of the paper).
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class ResNet20(nn.Module):
+    """3x3 convolutions of 16, 32 and 64 channels: 3x32x32 images to 10 classes.
+
+    He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition (2015), section 4.2, with
+    n = 3. Convolution, three stages of three blocks each, global average pool, linear 64->10.
+
+    Convolutions are initialised as in the paper (normal, variance 2 / fan-out), from torch's global
+    generator.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(16, 16, 1)
+        self.layer2 = _stage(16, 32, 2)
+        self.layer3 = _stage(32, 64, 2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, CLASSES)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Float32 `[N, 3, 32, 32]` to logits float32 `[N, 10]`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: torch.Tensor = self.fc(torch.flatten(self.pool(x), 1))
+        return logits
+
+
+def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    first = Block(in_channels, channels, stride)
+    return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(BLOCKS - 1)))
+
+
+def read_resnet20(path: str | PathLike[str]) -> ResNet20:
+    """A ResNet-20 with the weights of a safetensors file; in eval mode.
+
+    The file must hold exactly the tensors of `ResNet20().state_dict()`; otherwise `StorageError`
+    lists everything that is wrong with it.
+    """
+    return read_weights(ResNet20(), path, "a ResNet-20")
