@@ -530,7 +530,10 @@ def test_ctrl_c_is_status_130(tmp_path, monkeypatch):
 
 # -- help ----------------------------------------------------------------------------------------
 
-COMMANDS = [[], ["lenet"], ["train"], ["train", "lenet"], ["inspect"], ["evaluate"], ["report"]]
+COMMANDS = [
+    [], ["lenet"], ["train"], ["train", "lenet"], ["train", "resnet20"], ["inspect"], ["evaluate"],
+    ["run"], ["bench"], ["report"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

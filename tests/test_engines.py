@@ -291,7 +291,7 @@ def test_memory_layout_of_the_input_does_not_matter():
 
 
 def test_an_unknown_engine_is_named_with_the_choices():
-    with pytest.raises(ProgramError, match="no engine 'tpu'; choose one of auto, reference, torch"):
+    with pytest.raises(ProgramError, match="no engine 'tpu'; choose one of auto, native, ref"):
         load_engine("tpu", example())
 
 

@@ -284,7 +284,7 @@ def test_a_program_refuses_bad_input(program, method, case):
 
 @pytest.mark.parametrize("engine", ["gpu", None, ""])
 def test_a_program_refuses_an_unknown_engine(program, engine):
-    refused(lambda: program.run(X, engine), "there is no engine .*; choose one of auto, reference")
+    refused(lambda: program.run(X, engine), "there is no engine .*; choose one of auto, native")
 
 
 def test_a_program_takes_empty_batches_and_infinities(program):

@@ -47,6 +47,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":  # a package, with one function per format
+        return import_module("intact.export")
     if name not in _HOMES:
         raise AttributeError(f"module 'intact' has no attribute {name!r}")
     value = getattr(import_module(f"intact.{_HOMES[name]}"), name)

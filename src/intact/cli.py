@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import typer
 from rich.console import Console
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from intact.data import Dataset
     from intact.program import Program
     from intact.report import Report
+    from intact.training import Progress as TrainingProgress
     from intact.training import Trained
 
 __all__ = ["main"]
 
+Number = TypeVar("Number", int, float)
 Tell: TypeAlias = Callable[[str, int, int], None]
 """Called as `tell(what is going on, steps done, steps in all)`."""
 
@@ -65,8 +67,26 @@ class ScheduleChoice(str, Enum):
 
 class EngineChoice(str, Enum):
     auto = "auto"
+    native = "native"
     reference = "reference"
     torch = "torch"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+
+
+class FormatChoice(str, Enum):
+    onnx = "onnx"
+
+
+class FlavourChoice(str, Enum):
+    qdq = "qdq"
+    qoperator = "qoperator"
+    integer = "integer"
+
+
+class IoChoice(str, Enum):
+    float = "float"
+    integer = "integer"
 
 
 DataOption = Annotated[
@@ -90,6 +110,22 @@ BiasOption = Annotated[
 ]
 SeedOption = Annotated[
     int, typer.Option("--seed", metavar="N", min=0, help="Seed of a training's random numbers.")
+]
+TrainedOption = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="FILE", help="Safetensors file for the weights."),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on where an interrupted training stopped (FILE.checkpoint)."),
+]
+EngineOption = Annotated[
+    EngineChoice,
+    typer.Option("--engine", help="All give the same bits; auto takes the fastest one here."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", min=1, help="Threads of an engine that can use many."),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Write JSON to standard output instead of text.")
@@ -255,53 +291,78 @@ def train_lenet_command(
         ),
     ] = ScheduleChoice.best,
     seed: SeedOption = 0,
-    out: Annotated[
-        Path,
-        typer.Option("-o", "--out", metavar="FILE", help="Safetensors file for the weights."),
-    ] = Path("lenet.safetensors"),
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on where an interrupted training stopped (FILE.checkpoint)."
-        ),
-    ] = False,
+    out: TrainedOption = Path("lenet.safetensors"),
+    resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train LeNet from a seed, for `intact lenet --weights FILE`.
 
     Every finished epoch is kept: interrupted with Ctrl-C, it goes on with --resume.
     """
-    try:
-        with _progress("loading") as tell:
-            from intact.data import load_dataset
+    command = _command(
+        "train",
+        "lenet",
+        data=data.value,
+        data_dir=data_dir,
+        bias=bias.value,
+        schedule=schedule.value,
+        seed=seed,
+        out=out,
+    )
 
-            if out.is_dir():
-                raise IntactError(
-                    f"{out} is a folder. Name a file in it: -o {out / 'lenet.safetensors'}."
-                )
-            dataset = load_dataset(data.value, data_dir)
-            command = _command(
-                "train",
-                "lenet",
-                data=data.value,
-                data_dir=data_dir,
-                bias=bias.value,
-                schedule=schedule.value,
-                seed=seed,
-                out=out,
-            )
-            _make_folder(out.parent)
-            trained = _train(
-                dataset, bias.value, schedule.value, seed, out, command, tell, resume=resume
-            )
-    except KeyboardInterrupt:
-        _console(stderr=True).print("\ninterrupted; --resume goes on after the last full epoch")
-        raise
-    facts = {"path": str(out), "correct": trained.correct, "total": trained.total}
-    if as_json:
-        typer.echo(json.dumps({**facts, "accuracy": trained.accuracy}))
-    else:
-        _console().print(f"{out}: {trained.accuracy:.2%} on {trained.total:,} test images")
+    def train(dataset: Dataset, tell: Tell) -> Trained:
+        return _train(dataset, bias.value, schedule.value, seed, out, command, tell, resume=resume)
+
+    _train_to(out, "lenet.safetensors", data, data_dir, train, as_json)
+
+
+@train_app.command("resnet20")
+def train_resnet20_command(
+    data: DataOption = Data.cifar10,
+    data_dir: DataDirOption = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--epochs",
+            metavar="N",
+            min=1,
+            help="Passes over the training images; 60 if left out. One takes minutes for CIFAR-10.",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    out: TrainedOption = Path("resnet20.safetensors"),
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train ResNet-20 from a seed.
+
+    Every finished epoch is kept: interrupted with Ctrl-C, it goes on with --resume.
+    """
+    command = _command(
+        "train",
+        "resnet20",
+        data=data.value,
+        data_dir=data_dir,
+        epochs=epochs,
+        seed=seed,
+        out=out,
+    )
+
+    def train(dataset: Dataset, tell: Tell) -> Trained:
+        from intact.training import resnet20_schedule, train_resnet20
+
+        schedule = resnet20_schedule(dataset.name, epochs)
+        return train_resnet20(
+            dataset,
+            schedule,
+            seed,
+            out,
+            command=command,
+            resume=resume,
+            progress=_epochs(schedule.epochs, tell),
+        )
+
+    _train_to(out, "resnet20.safetensors", data, data_dir, train, as_json)
 
 
 @app.command()
@@ -338,6 +399,67 @@ def inspect(program: ProgramArgument, as_json: JsonOption = False) -> None:
         for tensor in (facts["input"], *facts["ops"])
     ]
     console.print(_aligned([heading, *rows]))
+
+
+@app.command("export")
+def export_command(
+    program: ProgramArgument,
+    to: Annotated[FormatChoice, typer.Option("--to", help="The format.")] = FormatChoice.onnx,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="File to write; else beside PROGRAM, ending .onnx."
+        ),
+    ] = None,
+    flavour: Annotated[
+        FlavourChoice,
+        typer.Option(
+            "--flavour",
+            help="qdq: what most engines make int8 kernels of. qoperator: QLinearConv, fastest in "
+            "ONNX Runtime. integer: ConvInteger, exact on x86 CPUs without VNNI too.",
+        ),
+    ] = FlavourChoice.qdq,
+    io_choice: Annotated[
+        IoChoice,
+        typer.Option(
+            "--io", help="float: real values in and out. integer: codes, exact by construction."
+        ),
+    ] = IoChoice.float,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a program as an ONNX file that computes the same integers (docs/onnx.md)."""
+    from collections import Counter
+
+    from intact.export.onnx import export, forms, saturates
+    from intact.storage import load
+
+    loaded = load(program)
+    path = out or program.with_suffix(f".{to.value}")
+    export(loaded, path, flavour=flavour.value, io=io_choice.value)
+    chosen = forms(loaded, flavour.value)
+    risky = [op.name for op in loaded.ops if saturates(loaded, op)]
+    if flavour is FlavourChoice.integer:
+        risky = []
+    facts = {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "program": loaded.sha256,
+        "flavour": flavour.value,
+        "io": io_choice.value,
+        "forms": chosen,
+        "saturate_without_vnni": risky,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    counts = ", ".join(f"{count} {form}" for form, count in Counter(chosen.values()).items())
+    console = _console()
+    console.print(f"{path}  {facts['bytes']:,} bytes; layers by form: {counts or 'none'}")
+    if risky:
+        console.print(
+            f"{_count(len(risky), 'layer')} could saturate the int8 kernels of x86 CPUs without "
+            "VNNI; --flavour integer is exact there too"
+        )
 
 
 @app.command()
@@ -385,6 +507,140 @@ def evaluate(
             f"{percent(correct / total, total)} ({correct:,} of {total:,}), "
             f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
         )
+
+
+@app.command()
+def run(
+    program: ProgramArgument,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUTS",
+            help="A folder of images, an image, or a .npy or .npz file with one array of samples.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="Write all outputs to FILE: .csv, .json or .npy."
+        ),
+    ] = None,
+    engine: EngineOption = EngineChoice.auto,
+    threads: ThreadsOption = None,
+    mean: Annotated[
+        str,
+        typer.Option(
+            "--mean",
+            metavar="M[,M,M]",
+            help="Subtract this from pixels between 0 and 1, as in the training of the network; "
+            "one number, or one per channel.",
+        ),
+    ] = "0.5",
+    std: Annotated[
+        str, typer.Option("--std", metavar="S[,S,S]", help="Then divide by this.")
+    ] = "0.5",
+    as_json: JsonOption = False,
+) -> None:
+    """Run a program on images or arrays of your own, and show its predictions.
+
+    Prints per input the class with the largest output, and that output.
+    """
+    normalise = (_numbers("--mean", mean, float), _numbers("--std", std, float))
+    with _progress("loading") as tell:
+        from intact.engines import load_engine
+        from intact.inference import check_suffix, infer, read_inputs
+        from intact.storage import load
+
+        if out is not None:
+            check_suffix(out)
+        loaded = load(program)
+        inputs = read_inputs(loaded, source, *normalise)
+        total = len(inputs.names)
+        tell("running", 0, total)
+        predictions = infer(
+            loaded,
+            load_engine(engine.value, loaded, threads=threads),
+            inputs,
+            lambda done: tell("running", done, total),
+        )
+        if out is not None:
+            _make_folder(out.parent)
+            predictions.write(out)
+    if as_json:
+        typer.echo(json.dumps(predictions.to_list()))
+        return
+    rows = [
+        (name, str(label), f"{score:.4g}")
+        for name, label, score in zip(
+            predictions.names, predictions.classes, predictions.scores, strict=True
+        )
+    ]
+    console = _console()
+    console.print(_aligned([("input", "class", "output"), *rows]))
+    if out is not None:
+        console.print(f"\n{out}  all outputs of {total:,} inputs")
+
+
+@app.command()
+def bench(
+    program: ProgramArgument,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N[,N]", help="Samples per call.")
+    ] = "1,64",
+    threads: Annotated[
+        int,
+        typer.Option("--threads", metavar="N", min=1, help="Threads of engines that can use many."),
+    ] = 1,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            "--engines", metavar="NAME[,NAME]", help="Measure these engines; all, if left out."
+        ),
+    ] = None,
+    codes: Annotated[
+        bool,
+        typer.Option(
+            "--codes", help="From input codes to output codes, instead of float32 to float32."
+        ),
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Rounds of the measurement.")
+    ] = 25,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how fast a program is on each engine here, beside its float network.
+
+    Contenders take turns in short segments; medians over all rounds, with quartiles.
+    """
+    batches = _numbers("--batch", batch, int)
+    with _progress("loading") as tell:
+        from intact.bench import bench as measure
+        from intact.bench import bench_table
+        from intact.storage import load
+
+        result = measure(
+            load(program),
+            engines=engines.split(",") if engines else None,
+            batches=batches,
+            threads=threads,
+            codes=codes,
+            rounds=rounds,
+            progress=tell,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    console = _console()
+    console.print(program, style="bold")
+    console.print(
+        f"{result.macs:,} MACs per sample; {_count(result.threads, 'thread')}; "
+        f"{'codes to codes' if codes else 'float32 to float32'}; "
+        f"{_count(rounds, 'round')}\n{result.machine['cpu']}, "
+        f"{_count(int(result.machine['cores']), 'core')}\n"
+    )
+    console.print(_aligned(bench_table(result)))
+    for name, reason in result.missing.items():
+        console.print(f"not measured: {name}: {reason}", soft_wrap=False)
 
 
 @app.command()
@@ -492,6 +748,11 @@ def _span(multiplier: list[float], shift: int | None) -> str:
     return f"{low}" + (f"…{high}" if high != low else "") + f" / 2^{shift}"
 
 
+def _count(number: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _codes(tensor: dict[str, Any]) -> str:
     """`uint8`, or with the range where it is not all of the type's: `uint8 0…94`."""
     low, high = tensor["qmin"], tensor["qmax"]
@@ -552,16 +813,59 @@ def _train(
 ) -> Trained:
     from intact.training import schedule_for, train_lenet
 
-    epochs = schedule_for(schedule, dataset.name).epochs
+    show = _epochs(schedule_for(schedule, dataset.name).epochs, tell)
+    return train_lenet(
+        dataset, bias, schedule, seed, out, command=command, resume=resume, progress=show
+    )
+
+
+def _epochs(epochs: int, tell: Tell) -> TrainingProgress:
+    """The progress of a training of so many epochs, as told to `tell`."""
 
     def show(epoch: int, step: int, total: int, loss: float, accuracy: float) -> None:
         done = (epoch - 1) * total + step
         text = f"epoch {epoch} of {epochs}: loss {loss:.3f}, accuracy {accuracy:.1%}"
         tell(text, done, epochs * total)
 
-    return train_lenet(
-        dataset, bias, schedule, seed, out, command=command, resume=resume, progress=show
-    )
+    return show
+
+
+def _train_to(
+    out: Path,
+    usual: str,
+    data: Data,
+    data_dir: Path | None,
+    train: Callable[[Dataset, Tell], Trained],
+    as_json: bool,
+) -> None:
+    """Load the data, train, and say what became of it; `usual` is the usual name of the file."""
+    try:
+        with _progress("loading") as tell:
+            from intact.data import load_dataset
+
+            if out.is_dir():
+                raise IntactError(f"{out} is a folder. Name a file in it: -o {out / usual}.")
+            dataset = load_dataset(data.value, data_dir)
+            _make_folder(out.parent)
+            trained = train(dataset, tell)
+    except KeyboardInterrupt:
+        _console(stderr=True).print("\ninterrupted; --resume goes on after the last full epoch")
+        raise
+    facts = {"path": str(out), "correct": trained.correct, "total": trained.total}
+    if as_json:
+        typer.echo(json.dumps({**facts, "accuracy": trained.accuracy}))
+    else:
+        _console().print(f"{out}: {trained.accuracy:.2%} on {trained.total:,} test images")
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """`0.5` or `0.485,0.456,0.406` as numbers."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option} takes numbers with commas between them, not {text!r}."
+        ) from None
 
 
 def _check_classes(program: Program, dataset: Dataset) -> None:

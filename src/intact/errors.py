@@ -6,6 +6,9 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "DataError",
+    "EngineUnavailableError",
+    "EngineWarning",
+    "ExportError",
     "IntactError",
     "ProgramError",
     "QParamsError",
@@ -36,6 +39,18 @@ class RecipeError(IntactError):
 
 class ProgramError(IntactError):
     """An integer program that breaks its own rules, or input codes that do not fit it."""
+
+
+class EngineUnavailableError(ProgramError):
+    """An engine that cannot run here: a package, a compiler or an instruction set is missing."""
+
+
+class EngineWarning(UserWarning):
+    """An engine works, but not as fast as it could: something that it would use is missing."""
+
+
+class ExportError(IntactError):
+    """A program that cannot be written in another format, or a format that does not exist."""
 
 
 class StorageError(IntactError):

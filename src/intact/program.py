@@ -6,12 +6,12 @@ import hashlib
 import html
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from os import PathLike
 from types import MappingProxyType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,9 @@ from intact.ops import (
     pool_size,
     weighted,
 )
+
+if TYPE_CHECKING:
+    from intact.engines import Engine
 
 __all__ = ["Program", "QTensor"]
 
@@ -75,6 +78,32 @@ class QTensor:
     qparams: QParams
 
 
+def _never(x: object) -> None:
+    """The quick way of an engine that has none."""
+    del x
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An engine, and its quick ways from a whole batch to codes and to floats.
+
+    A quick way answers None for a batch that needs a closer look: converting, or an error. With a
+    small network on native code, NumPy's checks would take longer than the network.
+    """
+
+    engine: Engine
+    try_codes: Callable[[object], Array | None]
+    try_run: Callable[[object], npt.NDArray[np.float32] | None]
+
+    @classmethod
+    def make(cls, name: str, program: Program, threads: int | None) -> _Ready:
+        from intact.engines import load_engine
+
+        engine = load_engine(name, program, threads)
+        quick = (getattr(engine, way, _never) for way in ("try_codes", "try_run"))
+        return cls(engine, *quick)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """An integer network, self-contained and validated: whatever exists can be run.
@@ -100,6 +129,10 @@ class Program:
     tensors: Mapping[str, QTensor]
     parameters: Mapping[str, Array]
     info: Mapping[str, str] = field(default_factory=dict)
+    # Engines that were asked for, by name and threads: a program never changes, so made once.
+    _engines: dict[tuple[str, int | None], _Ready] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ops", tuple(self.ops))
@@ -126,34 +159,39 @@ class Program:
             )
         return quantize(real, spec.qparams, f"the input {self.input!r}")
 
-    def codes(self, x: npt.ArrayLike, engine: str = "auto") -> Array:
+    def codes(self, x: npt.ArrayLike, engine: str = "auto", threads: int | None = None) -> Array:
         """Run a batch to integer codes.
 
         x        float32 `[N, *input shape]`, which is quantized first, or codes in the input's
                  own dtype (int8 or uint8), which are taken as they are
-        engine   "reference" (NumPy, the definition), "torch", or "auto": torch where the process
-                 has loaded it already, else the reference. The bits are the same
+        engine   "reference" (NumPy, the definition), "torch", "native" (compiled for this machine),
+                 or "auto": the fastest of them here. The bits are the same; see
+                 `intact.engines.load_engine`
+        threads  most threads that share the batch; None: as many as the engine finds
         returns  int8 or uint8 `[N, *output shape]`
         """
-        from intact.engines import engine_name, load_engine
-
+        ready = self._engines.get((engine, threads))
+        if ready is not None and (quick := ready.try_codes(x)) is not None:
+            return quick
         array = _as_array(x)
         spec = self.tensors[self.input].qparams
         given = array if array.dtype == spec.dtype else self.quantize_input(array)
         self.check_codes(given)
-        name = engine_name(engine)
-        engines = self.__dict__.setdefault("_engines", {})  # a program never changes: made once
-        if name not in engines:
-            engines[name] = load_engine(name, self)
-        codes: Array = engines[name](given)
-        return codes
+        if ready is None:
+            ready = self._engines[engine, threads] = _Ready.make(engine, self, threads)
+        return ready.engine(given)
 
-    def run(self, x: npt.ArrayLike, engine: str = "auto") -> npt.NDArray[np.float32]:
+    def run(
+        self, x: npt.ArrayLike, engine: str = "auto", threads: int | None = None
+    ) -> npt.NDArray[np.float32]:
         """Run a batch: float32 `[N, *input shape]` in, float32 `[N, *output shape]` out.
 
         Quantizes, runs `codes`, dequantizes. Takes what `codes` takes.
         """
-        return dequantize(self.codes(x, engine), self.tensors[self.output].qparams)
+        ready = self._engines.get((engine, threads))
+        if ready is not None and (quick := ready.try_run(x)) is not None:
+            return quick
+        return dequantize(self.codes(x, engine, threads), self.tensors[self.output].qparams)
 
     def check_codes(self, codes: Array) -> None:
         """Raise `ProgramError` unless `codes` is a batch that the program may run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -83,17 +83,26 @@ class Dataset:
         return digest.hexdigest()
 
 
-def to_input(pixels: Images) -> npt.NDArray[np.float32]:
-    """Pixels to a network's input: float32 `(p / 255 - 0.5) / 0.5`, within [-1, 1].
+def to_input(
+    pixels: Images, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)
+) -> npt.NDArray[np.float32]:
+    """Pixels to a network's input: float32 `(p / 255 - mean) / std`, by default within [-1, 1].
+
+    mean, std  one for all channels, or one per channel
 
     Each operation is rounded to float32, so the bits are those of torchvision's `ToTensor`
-    followed by `Normalize(0.5, 0.5)`.
+    followed by `Normalize(mean, std)`.
     """
     x = pixels.astype(np.float32)
     x /= np.float32(255)
-    x -= np.float32(0.5)
-    x /= np.float32(0.5)
+    x -= _per_channel(mean)
+    x /= _per_channel(std)
     return x
+
+
+def _per_channel(values: Sequence[float]) -> npt.NDArray[np.float32]:
+    array = np.array(values, np.float32)
+    return array.reshape(()) if len(values) == 1 else array.reshape(-1, 1, 1)
 
 
 def batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from intact.data import Dataset, Images, Labels
 from intact.errors import DataError
 
-__all__ = ["load"]
+__all__ = ["find_images", "load", "read_images"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 TEST_EVERY = 5
@@ -44,9 +45,49 @@ def load(data_dir: str | PathLike[str], size: int = 32) -> Dataset:
     else:
         classes, files = _list(root)
         train, test = _split(files, classes)
-    # All files are known to exist before the first one is decoded, and each goes straight to its
-    # place: at no time is there more than one image at its original size.
+    # All files are known to exist before the first one is decoded.
     return Dataset("folder", classes, *_read(train, size), *_read(test, size))
+
+
+def find_images(folder: str | PathLike[str]) -> list[Path]:
+    """The image files below a folder, however deep, in the order of their paths.
+
+    Files count as in `load`. A folder that cannot be read, or has none, raises `DataError`.
+    """
+    root = Path(folder)
+    try:
+        found = sorted(path for path in root.rglob("*") if _is_image(path.relative_to(root)))
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    if not found:
+        raise DataError(f"{root} holds no images ({', '.join(sorted(SUFFIXES))}).")
+    return found
+
+
+def read_images(files: Sequence[Path], height: int, width: int) -> Images:
+    """Image files as RGB, uint8 `[N, 3, height, width]`, resized bilinearly.
+
+    A file that cannot be decoded raises `DataError`. At no time is there more than one image at its
+    original size.
+    """
+    from PIL import Image
+
+    images = np.empty((len(files), 3, height, width), np.uint8)
+    for i, path in enumerate(files):
+        try:
+            with Image.open(path) as image:
+                small = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        except Exception as error:  # Pillow's decoders raise whatever they like on damaged files
+            raise DataError(
+                f"{path} cannot be read as an image: {error}. Repair or remove the file."
+            ) from error
+        images[i] = np.asarray(small).transpose(2, 0, 1)
+    return images
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a path has the suffix of an image, and no part that begins with a dot."""
+    return path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.parts)
 
 
 def _list(root: Path) -> tuple[tuple[str, ...], Files]:
@@ -55,11 +96,7 @@ def _list(root: Path) -> tuple[tuple[str, ...], Files]:
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         files: Files = []
         for label, folder in enumerate(folders):
-            images = sorted(
-                p
-                for p in folder.iterdir()
-                if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
-            )
+            images = sorted(p for p in folder.iterdir() if _is_image(Path(p.name)))
             if not images:
                 raise DataError(
                     f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}). Remove the folder, "
@@ -94,16 +131,5 @@ def _split(files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
 
 
 def _read(files: Files, size: int) -> tuple[Images, Labels]:
-    from PIL import Image
-
-    images = np.empty((len(files), 3, size, size), np.uint8)
-    for i, (path, _) in enumerate(files):
-        try:
-            with Image.open(path) as image:
-                small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        except Exception as error:  # Pillow's decoders raise whatever they like on damaged files
-            raise DataError(
-                f"{path} cannot be read as an image: {error}. Repair or remove the file."
-            ) from error
-        images[i] = np.asarray(small).transpose(2, 0, 1)
+    images = read_images([path for path, _ in files], size, size)
     return images, np.array([label for _, label in files], np.int64)

@@ -7,20 +7,21 @@ import each other.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from intact.errors import ProgramError
+from intact.errors import EngineUnavailableError, EngineWarning, ProgramError
 
 if TYPE_CHECKING:
     from intact.program import Program
 
-__all__ = ["ENGINES", "CodesHook", "Engine", "engine_name", "load_engine"]
+__all__ = ["ENGINES", "CodesHook", "Engine", "load_engine"]
 
-ENGINES = ("auto", "reference", "torch")
+ENGINES = ("auto", "native", "reference", "torch", "onnxruntime", "openvino")
 
 CodesHook: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
 """Called as `hook(tensor name, codes [N, ...])` for the input and every op's result."""
@@ -34,33 +35,63 @@ class Engine(Protocol):
         ...
 
 
-def engine_name(name: str) -> str:
-    """The engine that a user means.
+def load_engine(name: str, program: Program, threads: int | None = None) -> Engine:
+    """Make an engine for a program.
 
-    "auto" is torch where this process has loaded it already, else the reference: loading torch
-    costs more than most programs.
+    name     one of `ENGINES`. "auto" is the fastest exact engine here: native code where there is a
+             C compiler or a build in the cache; else torch where this process has loaded it
+             already, else the reference, with one `EngineWarning` per process that says why
+    threads  most threads that share a batch; None: as many as the engine finds. The reference runs
+             on one thread and torch on as many as the process has set, whatever is given here
+
+    Raises `EngineUnavailableError` where this machine lacks what the engine needs.
     """
     if name not in ENGINES:
         raise ProgramError(f"there is no engine {name!r}; choose one of {', '.join(ENGINES)}.")
     if name == "auto":
-        return "torch" if sys.modules.get("torch") else "reference"
-    return name
+        return _fastest(program, threads)
+    if name == "native":
+        from intact.engines.native import NativeEngine
 
-
-def load_engine(name: str, program: Program) -> Engine:
-    """Make the engine `name` for `program`."""
-    if engine_name(name) == "reference":
+        return NativeEngine(program, threads=threads)
+    if name == "reference":
         from intact.engines.reference import ReferenceEngine
 
         return ReferenceEngine(program)
+    if name == "onnxruntime":
+        from intact.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(program, threads=threads)
+    if name == "openvino":
+        from intact.engines.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(program, threads=threads)
     try:
         from intact.engines.torch import TorchEngine
     except ImportError as error:
-        raise ProgramError(
+        raise EngineUnavailableError(
             "the engine 'torch' needs PyTorch, which is not installed; run `pip install torch`, "
             "or use engine='reference', which gives the same bits."
         ) from error
     return TorchEngine(program)
+
+
+_told: set[str] = set()
+"""Why "auto" does without native code: each reason is told once per process."""
+
+
+def _fastest(program: Program, threads: int | None) -> Engine:
+    try:
+        return load_engine("native", program, threads)
+    except EngineUnavailableError as error:
+        # Loading torch costs more than running most programs.
+        name = "torch" if sys.modules.get("torch") else "reference"
+        reason = str(error)
+    if reason not in _told:
+        _told.add(reason)
+        message = f"running on the engine {name!r}, which is slower than native code: {reason}"
+        warnings.warn(message, EngineWarning, stacklevel=4)
+    return load_engine(name, program, threads)
 
 
 def empty_batch(program: Program) -> npt.NDArray[Any]:

@@ -1,0 +1,327 @@
+"""How fast a program is on each engine of this machine, beside its float network.
+
+All contenders are timed interleaved, see `timing`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from intact import __version__
+from intact.arithmetic import QParams, accumulator_scale, code_range, dequantize
+from intact.engines import ENGINES, Engine, load_engine
+from intact.errors import EngineUnavailableError, IntactError
+from intact.network import Network, TensorSpec
+from intact.ops import weighted
+from intact.program import Program, QTensor
+from intact.timing import Timing, interleave
+
+__all__ = ["FLOAT", "Bench", "Measured", "bench", "bench_table", "float_twin"]
+
+FLOAT = "float32 torch"
+"""The contender that is no engine: the float network in torch."""
+
+LONGEST_CALL = 10.0
+"""Seconds; an engine that would take longer for one call is left out of that batch size."""
+
+Batch = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One contender at one batch size.
+
+    name    an engine, with the instruction set in brackets where it has several; or `FLOAT`
+    batch   samples of a call
+    call    seconds of a call
+    """
+
+    name: str
+    batch: int
+    call: Timing
+
+    @property
+    def throughput(self) -> float:
+        """Samples per second."""
+        return self.batch / self.call.median
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What `bench` measured.
+
+    codes     whether calls were from codes to codes; else from float32 to float32
+    start     contender -> seconds to get it ready, its first call included
+    missing   what was not measured -> why
+    """
+
+    program: str
+    macs: int
+    threads: int
+    codes: bool
+    measured: tuple[Measured, ...]
+    start: dict[str, float]
+    missing: dict[str, str]
+    machine: dict[str, str | int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; a measurement has its throughput too."""
+        measured = [{**asdict(m), "samples_per_second": m.throughput} for m in self.measured]
+        return {**asdict(self), "measured": measured}
+
+
+def bench(
+    program: Program,
+    *,
+    engines: Sequence[str] | None = None,
+    batches: Sequence[int] = (1, 64),
+    threads: int = 1,
+    codes: bool = False,
+    rounds: int = 25,
+    progress: Callable[[str, int, int], object] | None = None,
+) -> Bench:
+    """Measure a program on engines, and its float network in torch, interleaved.
+
+    engines   names as `load_engine` takes them, all if left out; one that this machine lacks is
+              reported as missing
+    batches   samples per call
+    threads   for engines that can use several
+    codes     measure from codes to codes, not from float32 to float32
+    progress  called as `progress(what is going on, done, all)`
+
+    Before it is timed, every engine must give the codes that the others give: `IntactError` if not.
+    The samples are random codes, the same in every run.
+    """
+    tell = progress or (lambda *_: None)
+    if min(*batches, threads, rounds) < 1:
+        raise IntactError("batch sizes, threads and rounds are positive numbers.")
+    names = engines or [name for name in ENGINES if name != "auto"]
+    start: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    measured: list[Measured] = []
+    with _torch_threads(threads):
+        one = _samples(program, 1)
+        runners: dict[str, Callable[[Batch], Batch]] = {}
+        seen: dict[str, Batch] = {}
+        for done, name in enumerate(names):
+            tell(f"preparing {name}", done, len(names))
+            before = time.perf_counter()
+            try:
+                engine = load_engine(name, program, threads=threads)
+                result = engine(one)
+            except EngineUnavailableError as error:
+                missing[name] = str(error)
+                continue
+            shown = _shown(name, engine)
+            start[shown] = time.perf_counter() - before
+            seen[shown] = result
+            runners[shown] = engine if codes else _from_floats(program, name, threads)
+        _check_equal(seen)
+        if not codes:
+            tell("preparing the float network", 0, 1)
+            before = time.perf_counter()
+            runners[FLOAT] = _float_runner(program)
+            runners[FLOAT](_floats(program, one))
+            start[FLOAT] = time.perf_counter() - before
+        per_sample: dict[str, float] = {}
+        for batch in sorted(set(batches)):
+            sample = _samples(program, batch)
+            x = sample if codes else _floats(program, sample)
+            calls = {}
+            for name, run in runners.items():
+                expected = per_sample.get(name, 0.0) * batch
+                if expected > LONGEST_CALL:
+                    missing[f"{name}, batch {batch}"] = f"a call would take about {expected:.0f} s"
+                else:
+                    calls[name] = _call(run, x)
+            text = f"timing batches of {batch}"
+            tell(text, 0, rounds)
+            # Worker threads of an engine may go on spinning for some milliseconds after a call.
+            timings = interleave(
+                calls,
+                rounds=rounds,
+                pause=0.005 if threads > 1 else 0.0,
+                progress=lambda done, rounds, text=text: tell(text, done, rounds),  # type: ignore[misc]
+            )
+            for name, timing in timings.items():
+                measured.append(Measured(name, batch, timing))
+                per_sample[name] = timing.median / batch
+    return Bench(
+        program=program.sha256,
+        macs=sum(map(program.macs, program.ops)),
+        threads=threads,
+        codes=codes,
+        measured=tuple(measured),
+        start=start,
+        missing=missing,
+        machine=machine(),
+    )
+
+
+def float_twin(program: Program) -> Network:
+    """The float network of a program: its ops and shapes, weights and biases as real values.
+
+    Its speed is that of the network that the program was made from, which is not in the file. The
+    end of a code range that was narrowed, as a fused ReLU does, becomes a clamp.
+    """
+    parameters: dict[str, torch.Tensor] = {}
+    for op in program.ops:
+        if not weighted(op):
+            continue
+        weight = program.parameters[f"{op.name}.weight"]
+        scale = program.parameters[f"{op.name}.weight_scale"]
+        grid = QParams(tuple(map(float, scale)), 0, axis=0 if len(scale) > 1 else None)
+        parameters[f"{op.name}.weight"] = torch.from_numpy(dequantize(weight, grid))
+        bias = program.parameters.get(f"{op.name}.bias")
+        if bias is not None:
+            unit = accumulator_scale(program.tensors[op.inputs[0]].qparams.scale[0], scale)
+            parameters[f"{op.name}.bias"] = torch.from_numpy((bias * unit).astype(np.float32))
+    tensors = {name: _float_spec(tensor) for name, tensor in program.tensors.items()}
+    return Network(program.input, program.output, program.ops, tensors, parameters)
+
+
+def _float_spec(tensor: QTensor) -> TensorSpec:
+    grid = tensor.qparams
+    lowest, highest = code_range(grid.bits, grid.signed)
+    low, high = (float(v) for v in dequantize(np.array([grid.qmin, grid.qmax]), grid))
+    return TensorSpec(
+        tensor.shape,
+        # A range that begins at its zero point is a ReLU's, whether it was narrowed for it or not.
+        low if grid.qmin > lowest or grid.qmin == grid.zero_point else -math.inf,
+        high if grid.qmax < highest else math.inf,
+    )
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count() or 1,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "intact": __version__,
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _cpu() -> str:
+    """The processor's name; Linux tells it in a file alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown processor")
+
+
+def _shown(name: str, engine: Engine) -> str:
+    isa = getattr(engine, "isa", None)
+    return f"{name} ({isa})" if isa else name
+
+
+def _samples(program: Program, batch: int) -> Batch:
+    """Random input codes, uniform over the input's range."""
+    spec = program.tensors[program.input]
+    rng = np.random.default_rng(batch)
+    codes = rng.integers(spec.qparams.qmin, spec.qparams.qmax + 1, (batch, *spec.shape))
+    return codes.astype(spec.qparams.dtype)
+
+
+def _floats(program: Program, codes: Batch) -> Batch:
+    return dequantize(codes, program.tensors[program.input].qparams)
+
+
+def _from_floats(program: Program, engine: str, threads: int) -> Callable[[Batch], Batch]:
+    return lambda x: program.run(x, engine=engine, threads=threads)
+
+
+def _float_runner(program: Program) -> Callable[[Batch], Batch]:
+    network = float_twin(program)
+
+    def run(x: Batch) -> Batch:
+        with torch.inference_mode():
+            return network(torch.from_numpy(x)).numpy()
+
+    return run
+
+
+def _call(run: Callable[[Batch], Batch], x: Batch) -> Callable[[], Batch]:
+    return lambda: run(x)
+
+
+def _check_equal(codes: dict[str, Batch]) -> None:
+    first = next(iter(codes), "")
+    for name, result in codes.items():
+        if not np.array_equal(result, codes[first]):
+            raise IntactError(
+                f"the engines {first} and {name} give different codes, so their speeds cannot be "
+                "compared. `intact certify` shows where they part."
+            )
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- showing -------------------------------------------------------------------------------------
+
+
+def bench_table(result: Bench) -> list[tuple[str, ...]]:
+    """The measurements as rows of text, the heading first.
+
+    Per contender: seconds to get ready, and per batch size the median time of a call, its quartiles
+    and, for more than one sample, samples per second; "" for what was not measured. The fastest
+    engine of the largest batch comes first.
+    """
+    batches = sorted({m.batch for m in result.measured})
+    found = {(m.name, m.batch): m for m in result.measured}
+    heading = ["engine", "ready in"]
+    for batch in batches:
+        heading += [f"batch {batch}", "quartiles", *(["per second"] if batch > 1 else [])]
+    rows = []
+    for name in sorted(result.start, key=lambda name: _slowness(found, name, batches)):
+        row = [name, seconds(result.start[name])]
+        for batch in batches:
+            m = found.get((name, batch))
+            row += _cells(m) if m else [""] * (2 if batch == 1 else 3)
+        rows.append(tuple(row))
+    return [tuple(heading), *rows]
+
+
+def _cells(m: Measured) -> list[str]:
+    quartiles = f"{seconds(m.call.low)} – {seconds(m.call.high)}"
+    return [seconds(m.call.median), quartiles, *([f"{m.throughput:,.0f}"] if m.batch > 1 else [])]
+
+
+def _slowness(
+    found: dict[tuple[str, int], Measured], name: str, batches: Sequence[int]
+) -> list[float]:
+    times = [found[name, b].call.median if (name, b) in found else math.inf for b in batches]
+    return times[::-1]
+
+
+def seconds(value: float) -> str:
+    """A duration with three digits and a unit: `2.46 µs`; whole units from 1,000 on."""
+    unit, size = next((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 0.0)) if value >= s)
+    scaled = value / (size or 1e-6)
+    whole = len(str(int(scaled)))
+    return f"{scaled:,.{max(0, 3 - whole)}f} {unit}"

@@ -1,0 +1,145 @@
+"""The ONNX Runtime engine: the exported file, run by the runtime that most people run it with."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import assert_never
+
+from intact.engines import CodesHook, empty_batch
+from intact.errors import EngineUnavailableError, ProgramError
+from intact.export.onnx import TRACED, Flavour, model, saturates, saturation_probe
+from intact.program import Program
+
+__all__ = ["LEVELS", "Level", "OnnxRuntimeEngine"]
+
+Level: TypeAlias = Literal["all", "extended", "basic", "disabled"]
+"""How much ONNX Runtime may rewrite the graph."""
+
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+SLICE = 1024
+"""Samples at a time, at most."""
+SLICE_ELEMENTS = 2**25
+"""Elements of the largest tensor of a slice, about: bounds memory."""
+
+Codes: TypeAlias = npt.NDArray[Any]
+
+
+class OnnxRuntimeEngine:
+    """Runs a program as an ONNX model of integer codes on the CPU."""
+
+    def __init__(
+        self,
+        program: Program,
+        level: Level = "all",
+        threads: int | None = None,
+        flavour: Flavour | None = None,
+    ) -> None:
+        """Make the model and the session.
+
+        flavour  None: "qoperator", the fastest one, or "integer" where this CPU's int8 kernels
+                 could saturate on the program's weights
+
+        Raises `EngineUnavailableError` where a package is missing, or where such kernels could
+        saturate and another flavour than "integer" was asked for.
+        """
+        self._runtime = _import()
+        if level not in LEVELS:
+            raise ProgramError(f"there is no level {level!r}; choose one of {', '.join(LEVELS)}.")
+        risky = any(saturates(program, op) for op in program.ops) and kernels_saturate()
+        flavour = flavour or ("integer" if risky else "qoperator")
+        if risky and flavour != "integer":
+            raise EngineUnavailableError(
+                "the int8 kernels that ONNX Runtime has for this CPU could saturate on the "
+                f"program's weights, so its flavour {flavour!r} could be wrong; take 'integer'."
+            )
+        self.program = program
+        self.level = level
+        self.flavour = flavour
+        self._threads = threads
+        self._session = self._load(trace=False)
+        self._traced: Any = None
+        largest = max(math.prod(tensor.shape) for tensor in program.tensors.values())
+        self._slice = max(1, min(SLICE, SLICE_ELEMENTS // largest))
+
+    def _load(self, *, trace: bool) -> Any:
+        made = model(self.program, flavour=self.flavour, io="integer", trace=trace)
+        options = self._runtime.SessionOptions()
+        options.graph_optimization_level = _level(self._runtime, self.level)
+        options.log_severity_level = 3  # errors only: a warning per shape helps nobody
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        return self._runtime.InferenceSession(
+            made.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+
+        hook  called per slice of the batch, with codes from a second model that gives out every
+              tensor; ONNX Runtime may fuse less in it. The result is that of the model proper
+        """
+        self.program.check_codes(codes)
+        if not len(codes):
+            return empty_batch(self.program)
+        starts = range(0, len(codes), self._slice)
+        return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
+
+    def _run(self, codes: Codes, hook: CodesHook | None) -> Codes:
+        fed = {self.program.input: np.ascontiguousarray(codes)}
+        if hook is not None:
+            self._traced = self._traced or self._load(trace=True)
+            names = [op.name for op in self.program.ops]
+            hook(self.program.input, codes)
+            traced = self._traced.run([name + TRACED for name in names], fed)
+            for name, values in zip(names, traced, strict=True):
+                hook(name, values)
+        result: Codes = self._session.run([self.program.output], fed)[0]
+        return result
+
+
+def _import() -> Any:
+    try:
+        import onnx  # noqa: F401  which writes the models
+        import onnxruntime
+    except ImportError as error:
+        raise EngineUnavailableError(
+            f"the engine 'onnxruntime' needs the package {error.name}, which is not installed; run "
+            "`pip install 'intact[onnx]'`."
+        ) from error
+    return onnxruntime
+
+
+def _level(runtime: Any, level: Level) -> Any:
+    levels = runtime.GraphOptimizationLevel
+    match level:
+        case "all":
+            return levels.ORT_ENABLE_ALL
+        case "extended":
+            return levels.ORT_ENABLE_EXTENDED
+        case "basic":
+            return levels.ORT_ENABLE_BASIC
+        case "disabled":
+            return levels.ORT_DISABLE_ALL
+        case _:
+            assert_never(level)
+
+
+@cache
+def kernels_saturate() -> bool:
+    """Whether ONNX Runtime's kernels for uint8 times int8 saturate on this CPU: it is asked."""
+    runtime = _import()
+    program, codes, expected = saturation_probe()
+    made = model(program, flavour="qoperator", io="integer")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = runtime.InferenceSession(
+        made.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    got = session.run(None, {program.input: codes})[0]
+    return not np.array_equal(got, expected)

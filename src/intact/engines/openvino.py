@@ -1,0 +1,122 @@
+"""The OpenVINO engine: the exported file, run by OpenVINO's CPU plugin."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from intact.engines import CodesHook, empty_batch
+from intact.errors import EngineUnavailableError
+from intact.export.onnx import Flavour, model, saturates, saturation_probe
+from intact.program import Program
+
+__all__ = ["OpenVINOEngine"]
+
+SLICE = 1024
+"""Samples at a time, at most."""
+SLICE_ELEMENTS = 2**25
+"""Elements of the largest tensor of a slice, about: bounds memory."""
+
+Codes: TypeAlias = npt.NDArray[Any]
+
+
+class OpenVINOEngine:
+    """Runs a program as an ONNX model of integer codes on the CPU."""
+
+    def __init__(
+        self, program: Program, threads: int | None = None, flavour: Flavour | None = None
+    ) -> None:
+        """Make the model and compile it.
+
+        flavour  None: "qdq", or "integer" where this CPU's int8 kernels could saturate on the
+                 program's weights
+
+        Raises `EngineUnavailableError` where a package is missing, for "qoperator", which OpenVINO
+        does not read, and where kernels could saturate and "qdq" was asked for.
+        """
+        _import()
+        risky = any(saturates(program, op) for op in program.ops) and kernels_saturate()
+        flavour = flavour or ("integer" if risky else "qdq")
+        if flavour == "qoperator":
+            raise EngineUnavailableError(
+                "OpenVINO reads no QLinearConv with a scale per channel; take the flavour 'qdq' or "
+                "'integer'."
+            )
+        if risky and flavour != "integer":
+            raise EngineUnavailableError(
+                "the int8 kernels that OpenVINO has for this CPU could saturate on the program's "
+                f"weights, so its flavour {flavour!r} could be wrong; take 'integer'."
+            )
+        self.program = program
+        self.flavour = flavour
+        self._threads = threads
+        self._request = self._load(trace=False)
+        self._traced: Any = None
+        largest = max(math.prod(tensor.shape) for tensor in program.tensors.values())
+        self._slice = max(1, min(SLICE, SLICE_ELEMENTS // largest))
+
+    def _load(self, *, trace: bool) -> Any:
+        made = model(self.program, flavour=self.flavour, io="integer", trace=trace)
+        return _request(made.SerializeToString(), self._threads)
+
+    def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+
+        hook  called per slice of the batch, with codes from a second model that gives out every
+              tensor; OpenVINO may fuse less in it. The result is that of the model proper
+        """
+        self.program.check_codes(codes)
+        if not len(codes):
+            return empty_batch(self.program)
+        starts = range(0, len(codes), self._slice)
+        return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
+
+    def _run(self, codes: Codes, hook: CodesHook | None) -> Codes:
+        fed = np.ascontiguousarray(codes)
+        if hook is not None:
+            self._traced = self._traced or self._load(trace=True)
+            hook(self.program.input, codes)
+            # Outputs are found by their place: an output may lose its name to one it equals.
+            self._traced.infer([fed])
+            for i, op in enumerate(self.program.ops, 1):
+                hook(op.name, self._traced.get_output_tensor(i).data.copy())
+        self._request.infer([fed])
+        result: Codes = self._request.get_output_tensor(0).data.copy()
+        return result
+
+
+def _import() -> Any:
+    try:
+        import onnx  # noqa: F401  which writes the models
+        import openvino
+    except ImportError as error:
+        raise EngineUnavailableError(
+            f"the engine 'openvino' needs the package {error.name}, which is not installed; run "
+            "`pip install 'intact[onnx,openvino]'`."
+        ) from error
+    return openvino
+
+
+def _request(data: bytes, threads: int | None) -> Any:
+    """An inference request of a model; float32 is float32 in it.
+
+    By default OpenVINO computes in bfloat16 what is not int8, where a CPU has instructions for it.
+    """
+    core = _import().Core()
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return core.compile_model(core.read_model(data), "CPU", settings).create_infer_request()
+
+
+@cache
+def kernels_saturate() -> bool:
+    """Whether OpenVINO's kernels for uint8 times int8 saturate on this CPU: it is asked."""
+    program, codes, expected = saturation_probe()
+    request = _request(model(program, io="integer").SerializeToString(), 1)
+    request.infer([codes])
+    return not np.array_equal(request.get_output_tensor(0).data, expected)
