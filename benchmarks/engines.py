@@ -33,10 +33,9 @@ from networks import Floats, Subject, subject
 from peak import peaks
 
 import intact
-from intact.bench import machine, seconds
+from intact import machine
+from intact.bench import seconds
 from intact.engines.native import NativeEngine
-from intact.engines.onnxruntime import OnnxRuntimeEngine
-from intact.engines.openvino import OpenVINOEngine
 from intact.errors import IntactError
 from intact.export.onnx import FLAVOURS
 from intact.export.onnx import model as onnx_model
@@ -105,14 +104,19 @@ def _contenders(
             f"{flavour}, {way}": call
             for flavour in FLAVOURS
             for way, call in peers.onnxruntime_peer(
-                onnx_model(program, flavour=flavour, cpu=OnnxRuntimeEngine(program).cpu), x, threads
+                onnx_model(program, flavour=flavour), x, threads
             ).items()
         },
         "ONNX Runtime int8 (its own)": lambda: peers.onnxruntime_peer(own, x, threads),
         "ONNX Runtime float32": lambda: peers.onnxruntime_peer(floating, x, threads),
-        "OpenVINO int8 (our file)": lambda: peers.openvino_peer(
-            onnx_model(program, cpu=OpenVINOEngine(program).cpu), x, threads
-        ),
+        "OpenVINO int8 (our file)": lambda: {
+            f"{flavour}, {way}": call
+            for flavour in FLAVOURS
+            if flavour != "qoperator"  # which OpenVINO does not read
+            for way, call in peers.openvino_peer(
+                onnx_model(program, flavour=flavour), x, threads
+            ).items()
+        },
         "OpenVINO int8 (free scales)": lambda: peers.openvino_peer(own, x, threads),
         "OpenVINO bf16": lambda: peers.openvino_peer(floating, x, threads, "bf16"),
         "OpenVINO float32": lambda: peers.openvino_peer(floating, x, threads),
@@ -243,7 +247,7 @@ def run(args: argparse.Namespace) -> Result:
         print(f"no peak: {error}", file=sys.stderr)
         peak = {}
     return {
-        "machine": {**machine(), **_versions(), "load before": round(load, 2)},
+        "machine": {**machine.describe(), **machine.versions(), "load before": f"{load:.2f}"},
         "capped": args.isa,
         "rounds": args.rounds,
         "peak": peak,
@@ -262,24 +266,12 @@ def _threads(number: int) -> str:
     return f"{number} thread{'' if number == 1 else 's'}"
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("onnxruntime", "openvino"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 # -- showing -------------------------------------------------------------------------------------
 
 
 def markdown(result: Result) -> str:
     """Who is how much faster, every contender's time per image, and what a build costs."""
-    facts = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items() if k != "features")
     out = [f"{facts}; {result['rounds']} rounds; instruction sets: {result['capped']}", ""]
     out += _summary(result["lines"], result["peak"])
     out += ["", *_details(result["lines"])]

@@ -18,7 +18,7 @@ import onnxruntime
 import openvino
 
 import intact
-from intact.engines.onnxruntime import LEVELS, _level
+from intact.engines.onnxruntime import LEVELS, optimization_level
 from intact.export.onnx import FLAVOURS, model
 
 RUNS = 15
@@ -37,7 +37,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 def onnxruntime_call(data: bytes, level: Any, codes: Any) -> Callable[[], Any]:
     """A call of a session."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = _level(onnxruntime, level)
+    options.graph_optimization_level = optimization_level(onnxruntime, level)
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

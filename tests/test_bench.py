@@ -164,7 +164,7 @@ def test_every_engine_is_measured_at_every_batch_size_beside_the_float_network(p
     assert got.missing == {}
     assert (got.program, got.threads, got.codes) == (program.sha256, 1, False)
     assert got.macs == 36 * 4 * 27 + 144 * 5
-    assert got.machine["cpu"]
+    assert got.machine["processor"]
     assert ("timing batches of 8", 3, 3) in told
 
 

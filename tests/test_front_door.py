@@ -16,7 +16,16 @@ import pytest
 import intact
 
 README = Path(__file__).parent.parent / "README.md"
-NAMES = ["IntactError", "Program", "Recipe", "capture", "load", "quantize", "stages"]
+NAMES = [
+    "IntactError",
+    "Program",
+    "Recipe",
+    "capture",
+    "certify",
+    "load",
+    "quantize",
+    "stages",
+]
 HEAVY = ["torch", "plotly", "scipy", "sklearn", "jinja2", "rich", "typer", "PIL", "pooch"]
 
 

@@ -5,6 +5,7 @@
     program.codes(x)                                        # integer codes of the output
     program.save("program.safetensors")
     program = intact.load("program.safetensors")            # needs no torch
+    certificate = intact.certify(program)                   # every engine here: the same bits?
 
 Importing this package loads neither torch nor anything that draws.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from intact.capturing import capture
+    from intact.certifying import certify
     from intact.errors import IntactError
     from intact.pipeline import quantize, stages
     from intact.program import Program
@@ -30,6 +32,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "capture",
+    "certify",
     "load",
     "quantize",
     "stages",
@@ -40,6 +43,7 @@ _HOMES = {
     "Program": "program",
     "Recipe": "recipe",
     "capture": "capturing",
+    "certify": "certifying",
     "load": "storage",
     "quantize": "pipeline",
     "stages": "pipeline",

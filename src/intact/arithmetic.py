@@ -26,6 +26,7 @@ __all__ = [
     "dequantize",
     "dyadic_shift",
     "grid_neighbours",
+    "is_power_of_two",
     "multiplier_value",
     "quantize",
     "requantize",
@@ -264,6 +265,15 @@ def grid_neighbours(
         np.clip(below, 1, highest).astype(np.int32),
         np.clip(above, 1, highest).astype(np.int32),
     )
+
+
+def is_power_of_two(scale: float) -> bool:
+    """Whether a positive float is `2**k`: then dividing by it is exact, and so is multiplying by
+    its inverse.
+
+    arithmetic.md, section 1.
+    """
+    return math.frexp(scale)[0] == 0.5
 
 
 def accumulator_bound(

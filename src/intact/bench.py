@@ -6,20 +6,17 @@ All contenders are timed interleaved, see `timing`.
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from intact import __version__
+from intact import machine
 from intact.arithmetic import QParams, accumulator_scale, code_range, dequantize
 from intact.engines import ENGINES, Engine, load_engine
 from intact.errors import EngineUnavailableError, IntactError
@@ -74,7 +71,7 @@ class Bench:
     measured: tuple[Measured, ...]
     start: dict[str, float]
     missing: dict[str, str]
-    machine: dict[str, str | int]
+    machine: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; a measurement has its throughput too."""
@@ -166,7 +163,7 @@ def bench(
         measured=tuple(measured),
         start=start,
         missing=missing,
-        machine=machine(),
+        machine={**machine.describe(), **machine.versions()},
     )
 
 
@@ -202,29 +199,6 @@ def _float_spec(tensor: QTensor) -> TensorSpec:
         low if grid.qmin > lowest or grid.qmin == grid.zero_point else -math.inf,
         high if grid.qmax < highest else math.inf,
     )
-
-
-def machine() -> dict[str, str | int]:
-    """What the figures depend on."""
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 1,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "intact": __version__,
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-    }
-
-
-def _cpu() -> str:
-    """The processor's name; Linux tells it in a file alone."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown processor")
 
 
 def _shown(name: str, engine: Engine) -> str:

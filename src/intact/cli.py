@@ -467,10 +467,7 @@ def evaluate(
     program: ProgramArgument,
     data: DataOption = Data.digits,
     data_dir: DataDirOption = None,
-    engine: Annotated[
-        EngineChoice,
-        typer.Option("--engine", help="All give the same bits; torch is the fastest."),
-    ] = EngineChoice.torch,
+    engine: EngineOption = EngineChoice.auto,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy of a program on the test set of a data set."""
@@ -582,6 +579,107 @@ def run(
 
 
 @app.command()
+def certify(
+    program: ProgramArgument,
+    data: Annotated[
+        Data | None,
+        typer.Option(
+            "--data",
+            help="Real inputs: the test images of a data set. If left out, the digits where they "
+            "fit, else random floats in their place.",
+        ),
+    ] = None,
+    data_dir: DataDirOption = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--inputs",
+            metavar="INPUTS",
+            help="Real inputs of your own instead: a folder of images, an image, or a .npy or .npz "
+            "file with one array of samples.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", metavar="N", min=1, help="Of each kind of input; 1,000 if left out."
+        ),
+    ] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            "--engines",
+            metavar="NAME[,NAME]",
+            help="Compare these engines, such as native,onnxruntime; all, if left out.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="Seed of the random codes.")
+    ] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="The JSON; else certificate.json beside PROGRAM."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that every engine here gives the program's codes, in every layer.
+
+    Compares with the NumPy reference, on real data, on random codes, and on codes that put
+    accumulators on rounding boundaries and at the ends of their range. Exits with 1 if one value
+    differs (docs/certificate.md).
+    """
+    if data is not None and source is not None:
+        raise IntactError("--data and --inputs both name the real inputs: give one of them.")
+    with _progress("loading") as tell:
+        from datetime import datetime, timezone
+
+        from intact.certificate import certificate_table
+        from intact.certifying import certify as compare
+        from intact.storage import load, write_atomically
+
+        loaded = load(program)
+        inputs, description = _real_inputs(loaded, data, data_dir, source)
+        certificate = compare(
+            loaded,
+            inputs,
+            samples=samples,
+            engines=engines.split(",") if engines else None,
+            description=description,
+            seed=seed,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            progress=tell,
+        )
+        path = out or program.with_name("certificate.json")
+        _make_folder(path.parent)
+        write_atomically(path, certificate.to_json().encode())
+        page = _redraw(path.parent) if path.name == "certificate.json" else None
+    if as_json:
+        typer.echo(certificate.to_json(), nl=False)
+    else:
+        console = _console()
+        console.print(_aligned(certificate_table(certificate)))
+        for name, reason in certificate.missing.items():
+            console.print(f"not here: {name}: {reason}", soft_wrap=False)
+        for note in certificate.notes:
+            console.print(f"note: {note}", soft_wrap=False)
+        for result in certificate.floats:
+            if result.tolerated and result.samples_different:
+                console.print(
+                    f"note: {result.engine} rounds floats next to a tie otherwise: "
+                    f"{_count(result.samples_different, 'sample')} of {result.samples:,}",
+                    soft_wrap=False,
+                )
+        console.print(f"\n{certificate.sentence()}", style="bold", soft_wrap=False)
+        for reason in certificate.reasons():
+            console.print(reason, soft_wrap=False)
+        console.print(f"{path}" + (f"\n{page}  with the certificate" if page else ""))
+    if not certificate.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     program: ProgramArgument,
     batch: Annotated[
@@ -635,7 +733,7 @@ def bench(
     console.print(
         f"{result.macs:,} MACs per sample; {_count(result.threads, 'thread')}; "
         f"{'codes to codes' if codes else 'float32 to float32'}; "
-        f"{_count(rounds, 'round')}\n{result.machine['cpu']}, "
+        f"{_count(rounds, 'round')}\n{result.machine['processor']}, "
         f"{_count(int(result.machine['cores']), 'core')}\n"
     )
     console.print(_aligned(bench_table(result)))
@@ -653,20 +751,16 @@ def report(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw OUT/report.html again from OUT/results.json, and show the table of stages."""
-    from intact.report import render, report_from_json, report_to_json
-    from intact.storage import write_atomically
+    """Draw OUT/report.html again from OUT/results.json, and show the table of stages.
 
-    source = folder / "results.json"
-    try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise IntactError(
-            f"{source} cannot be read: {_reason(error)}. Name a folder that `intact lenet` left."
-        ) from error
-    loaded = report_from_json(text)
-    page = folder / "report.html"
-    write_atomically(page, render(loaded).encode())
+    The page shows OUT/certificate.json too, if there is one of the same program.
+    """
+    from intact.report import report_from_json, report_to_json
+
+    loaded = report_from_json(
+        _read_text(folder / "results.json", "Name a folder that `intact lenet` left.")
+    )
+    page = _draw(loaded, folder)
     if as_json:
         typer.echo(report_to_json(loaded), nl=False)
     else:
@@ -676,6 +770,57 @@ def report(
 
 
 # -- showing -------------------------------------------------------------------------------------
+
+
+def _read_text(path: Path, advice: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntactError(f"{path} cannot be read: {_reason(error)}. {advice}") from error
+
+
+def _draw(report: Report, folder: Path) -> Path:
+    """Write the page of a report, with the certificate beside it if that is of its program."""
+    from intact.certificate import Certificate
+    from intact.report import render
+    from intact.storage import write_atomically
+
+    certificate, path = None, folder / "certificate.json"
+    if path.exists():
+        found = Certificate.from_json(_read_text(path, "Run `intact certify` again."))
+        certificate = found if found.program == report.program.sha256 else None
+    page = folder / "report.html"
+    write_atomically(page, render(report, certificate).encode())
+    return page
+
+
+def _redraw(folder: Path) -> Path | None:
+    """The page of the report in a folder, drawn again; None where there is no report."""
+    from intact.report import report_from_json
+
+    source = folder / "results.json"
+    if not source.exists():
+        return None
+    return _draw(report_from_json(_read_text(source, "Run `intact lenet` again.")), folder)
+
+
+def _real_inputs(
+    program: Program, data: Data | None, data_dir: Path | None, source: Path | None
+) -> tuple[Any, str]:
+    """Inputs of a program, and what they are in words; None where nothing was named."""
+    if source is not None:
+        import numpy as np
+
+        from intact.inference import read_inputs
+
+        given = read_inputs(program, source)
+        return np.concatenate(list(given.slices())), f"{source.name}, given"
+    if data is None:
+        return None, ""
+    from intact.data import load_dataset, to_input
+
+    dataset = load_dataset(data.value, data_dir)
+    return to_input(dataset.test_images), f"{dataset.name}, test images"
 
 
 def _show_report(report: Report, folder: Path) -> None:

@@ -15,7 +15,7 @@ from intact.errors import EngineUnavailableError, ProgramError
 from intact.export.onnx import TRACED, Flavour, model, saturates, saturation_probe
 from intact.program import Program
 
-__all__ = ["LEVELS", "Level", "OnnxRuntimeEngine"]
+__all__ = ["LEVELS", "Level", "OnnxRuntimeEngine", "kernels_saturate", "optimization_level"]
 
 Level: TypeAlias = Literal["all", "extended", "basic", "disabled"]
 """How much ONNX Runtime may rewrite the graph."""
@@ -70,7 +70,7 @@ class OnnxRuntimeEngine:
     def _load(self, *, trace: bool) -> Any:
         made = model(self.program, flavour=self.flavour, io="integer", trace=trace)
         options = self._runtime.SessionOptions()
-        options.graph_optimization_level = _level(self._runtime, self.level)
+        options.graph_optimization_level = optimization_level(self._runtime, self.level)
         options.log_severity_level = 3  # errors only: a warning per shape helps nobody
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
@@ -115,7 +115,8 @@ def _import() -> Any:
     return onnxruntime
 
 
-def _level(runtime: Any, level: Level) -> Any:
+def optimization_level(runtime: Any, level: Level) -> Any:
+    """The package's own constant for a level; `runtime` is the package."""
     levels = runtime.GraphOptimizationLevel
     match level:
         case "all":

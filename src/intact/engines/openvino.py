@@ -14,7 +14,7 @@ from intact.errors import EngineUnavailableError
 from intact.export.onnx import Flavour, model, saturates, saturation_probe
 from intact.program import Program
 
-__all__ = ["OpenVINOEngine"]
+__all__ = ["OpenVINOEngine", "infer_request", "kernels_saturate"]
 
 SLICE = 1024
 """Samples at a time, at most."""
@@ -61,7 +61,7 @@ class OpenVINOEngine:
 
     def _load(self, *, trace: bool) -> Any:
         made = model(self.program, flavour=self.flavour, io="integer", trace=trace)
-        return _request(made.SerializeToString(), self._threads)
+        return infer_request(made.SerializeToString(), self._threads)
 
     def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
         """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
@@ -101,7 +101,7 @@ def _import() -> Any:
     return openvino
 
 
-def _request(data: bytes, threads: int | None) -> Any:
+def infer_request(data: bytes, threads: int | None) -> Any:
     """An inference request of a model; float32 is float32 in it.
 
     By default OpenVINO computes in bfloat16 what is not int8, where a CPU has instructions for it.
@@ -116,7 +116,8 @@ def _request(data: bytes, threads: int | None) -> Any:
 @cache
 def kernels_saturate() -> bool:
     """Whether OpenVINO's kernels for uint8 times int8 saturate on this CPU: it is asked."""
+    _import()
     program, codes, expected = saturation_probe()
-    request = _request(model(program, io="integer").SerializeToString(), 1)
+    request = infer_request(model(program, io="integer").SerializeToString(), 1)
     request.infer([codes])
     return not np.array_equal(request.get_output_tensor(0).data, expected)

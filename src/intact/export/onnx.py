@@ -19,7 +19,7 @@ import numpy.typing as npt
 from typing_extensions import assert_never
 
 from intact import __version__
-from intact.arithmetic import QParams, code_range, multiplier_value
+from intact.arithmetic import QParams, code_range, is_power_of_two, multiplier_value
 from intact.errors import ExportError
 from intact.ops import (
     Add,
@@ -609,7 +609,7 @@ class _Graph:
                 self.recode(name, name, self.program, self.inner, codes)
             return
         scale = np.float32(grid.scale[0])
-        if np.frexp(scale)[0] == 0.5:
+        if is_power_of_two(scale):
             # A power of two. To divide by it and to multiply by its inverse is the same, so it is
             # written as what engines make of a division by a constant.
             inverse = self.constant(f"{name}/inverse_scale", 1 / scale, np.float32)

@@ -20,7 +20,9 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from intact.analysis import LayerAnalysis, TensorAnalysis
+from intact.certificate import FLOAT_KINDS, KINDS, Certificate, EngineResult, FloatResult, together
 from intact.diagnosis import Finding
+from intact.errors import StorageError
 from intact.report import numbers, words
 from intact.report.plots import (
     ChannelPlot,
@@ -50,11 +52,18 @@ _RULES = {
 """Titles of cards; any other rule is its own title."""
 
 
-def render(report: Report) -> str:
-    """The page: one HTML document, the same bytes for the same report.
+def render(report: Report, certificate: Certificate | None = None) -> str:
+    """The page: one HTML document, the same bytes for the same report and certificate.
+
+    certificate  of the report's program; that of another is a `StorageError`
 
     Every text of the report (titles, layer names, versions) is escaped: it is not trusted.
     """
+    if certificate is not None and certificate.program != report.program.sha256:
+        raise StorageError(
+            "the certificate is one of another program than the report is about. Run `intact "
+            "certify` on this one."
+        )
     script = _template("page.js")
     page = (
         _environment()
@@ -66,6 +75,7 @@ def render(report: Report) -> str:
             stages=stage_plot(report.stages),
             groups=_groups(report),
             layers=[_layer(i, layer, report) for i, layer in enumerate(report.layers)],
+            certificate=None if certificate is None else _certificate(certificate),
             source=_panel("Input", "source", report.input),
             style=Markup(_template("page.css")),  # noqa: S704 (our own file)
             script=Markup(script),  # noqa: S704 (our own file)
@@ -124,6 +134,81 @@ class _Group:
     findings: tuple[tuple[Finding, str], ...]
     advice: str
     recipe: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """A row of a table of the certificate.
+
+    cells  per column, values compared and how many of them were different
+    note   what else there is to say of it
+    """
+
+    name: str
+    cells: tuple[tuple[int, int], ...]
+    note: str
+    ok: bool
+
+    @property
+    def different(self) -> int:
+        return sum(different for _, different in self.cells)
+
+
+@dataclass(frozen=True, slots=True)
+class _Certified:
+    """The certificate as the page shows it: engines, then all settings, layers and floats."""
+
+    value: Certificate
+    kinds: tuple[tuple[str, str], ...]
+    engines: tuple[_Compared, ...]
+    settings: tuple[_Compared, ...]
+    layers: tuple[_Compared, ...]
+    floats: tuple[_Compared, ...]
+    families: tuple[tuple[str, str], ...]
+    boundaries: int
+    ties: int
+
+
+def _certificate(certificate: Certificate) -> _Certified:
+    kinds = [inputs.kind for inputs in certificate.inputs]
+    families = certificate.families()
+    floats: dict[str, list[FloatResult]] = {}
+    for result in certificate.floats:
+        floats.setdefault(result.engine, []).append(result)
+
+    def by_kind(name: str, runs: Sequence[EngineResult]) -> _Compared:
+        cells = tuple(together(run.of_kind(kind) for run in runs) for kind in kinds)
+        problems = [run.failure or str(run.first or "") for run in runs if not run.ok]
+        return _Compared(name, cells, problems[0] if problems else "", not problems)
+
+    def by_engine(layer: str) -> _Compared:
+        cells = tuple(together(run.of_layer(layer) for run in runs) for runs in families.values())
+        return _Compared(layer, cells, "", not any(different for _, different in cells))
+
+    return _Certified(
+        certificate,
+        tuple((kind, KINDS[kind]) for kind in kinds),
+        tuple(
+            by_kind(f"{name}, {len(runs)} settings" if len(runs) > 1 else name, runs)
+            for name, runs in families.items()
+        ),
+        tuple(by_kind(run.name, (run,)) for run in certificate.engines),
+        tuple(by_engine(layer.name) for layer in certificate.layers),
+        tuple(_float_row(name, results) for name, results in floats.items()),
+        tuple((name, ", ".join(run.name for run in runs)) for name, runs in families.items()),
+        sum(boundary.hit for boundary in certificate.boundaries),
+        sum(boundary.ties for boundary in certificate.boundaries),
+    )
+
+
+def _float_row(name: str, results: Sequence[FloatResult]) -> _Compared:
+    cells = {r.kind: (r.compared, r.different) for r in results}
+    wrong = [r for r in results if not r.ok]
+    aside = sum(r.samples_different for r in results if r.tolerated)
+    note = wrong[0].failure if wrong else ""
+    if aside and not wrong:
+        note = f"rounds floats next to a tie otherwise, in {aside:,} samples"
+    return _Compared(name, tuple(cells.get(k, (0, 0)) for k in FLOAT_KINDS), note, not wrong)
 
 
 def _layer(index: int, layer: LayerAnalysis, report: Report) -> _Layer:
@@ -284,7 +369,10 @@ def _environment() -> Environment:
         }
     )
     environment.globals.update(
-        sentence=words.sentence, stage_title=words.stage_title, explanation=words.explanation
+        float_kinds=tuple(FLOAT_KINDS.items()),
+        sentence=words.sentence,
+        stage_title=words.stage_title,
+        explanation=words.explanation,
     )
     return environment
 

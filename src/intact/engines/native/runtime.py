@@ -7,7 +7,6 @@ import ctypes
 import functools
 import importlib.machinery
 import importlib.util
-import math
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from intact.arithmetic import is_power_of_two
 from intact.engines.native.build import NO_COMPILER, CompileError, Compiler, library, library_key
 from intact.engines.native.cache import Cache, key_of
 from intact.errors import EngineUnavailableError
@@ -128,7 +128,7 @@ def _grids(program: Program) -> tuple[Any, ...]:
     given, wanted = (program.tensors[name].qparams for name in (program.input, program.output))
     scale = given.scale[0]
     # 1 / 2**k is exact, and multiplying by it rounds the same value as dividing by 2**k does.
-    factor = 1 / scale if math.frexp(scale)[0] == 0.5 else 0.0
+    factor = 1 / scale if is_power_of_two(scale) else 0.0
     return (
         *(scale, factor, given.zero_point, given.qmin, given.qmax, given.signed),
         *(wanted.scale[0], wanted.zero_point, wanted.signed),
