@@ -29,6 +29,7 @@ import pytest
 from typer.testing import CliRunner
 
 from intact.arithmetic import QParams
+from intact.certificate import KINDS, Certificate
 from intact.cli import app
 from intact.ops import Op
 from intact.program import QTensor
@@ -37,7 +38,7 @@ from intact.report import Report
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
-LONG = re.compile(r"intact (train|.*--(data cifar10|data folder|weights|recipe)) .*")
+LONG = re.compile(r"intact (certify \S+|(train|.*--(data cifar10|data folder|weights|recipe)) .*)")
 
 
 class Block(NamedTuple):
@@ -167,6 +168,10 @@ def test_the_pages_name_every_field_and_every_rule():
             assert f"`{field.name}`" in shown, field.name
     for name in _field_names(Report):
         assert f"`{name}`" in PAGES["results.md"], name
+    for name in _field_names(Certificate):
+        assert f"`{name}`" in PAGES["certificate.md"], name
+    for kind in KINDS:
+        assert f"| `{kind}` |" in PAGES["certificate.md"], kind
     source = (DOCS.parent / "src/intact/diagnosis.py").read_text(encoding="utf-8")
     rules = set(re.findall(r'Finding\(\s*"([\w-]+)"', source))
     assert len(rules) == 10
