@@ -86,7 +86,7 @@ def sums_of_all_codes(program: Program, op: Add) -> tuple[Program, Codes]:
     grid = replace(grids[0], qmin=min(g.qmin for g in grids), qmax=max(g.qmax for g in grids))
     rows = np.arange(grid.qmin, grid.qmax + 1).astype(grid.dtype)
     shape = (1, len(rows), len(rows))
-    source, turned = (f"{op.name}/{part}" for part in ("rows", "columns"))
+    source, turned = [name for name in ("rows", "columns", "codes") if name != op.name][:2]
     made = Program(
         source,
         op.name,
@@ -112,7 +112,7 @@ def random_codes(tensor: QTensor, samples: int, rng: np.random.Generator) -> Cod
 
 
 def structured_codes(tensor: QTensor) -> Codes:
-    """Samples of extremes: `[N, *shape]`, N from 9 to 25.
+    """Samples of extremes: `[N, *shape]`, N from 11 to 25.
 
     All at the lowest code, the highest, or the zero point; both alternating, from one position to
     the next and from one channel to the next; all codes in turn, up and down; and up to
@@ -303,6 +303,8 @@ class _Layer:
     def reaches(self, channel: Int64, accumulator: Int64) -> npt.NDArray[np.bool_]:
         """Whether a sum of products, and the bias, can be this; False where it cannot."""
         low, high = self.range
+        if (self.taps < 0).any():  # padding adds 0, which the code range may leave out
+            low, high = min(low, 0), max(high, 0)
         up, down = np.maximum(self.weight, 0).sum(axis=1), np.minimum(self.weight, 0).sum(axis=1)
         lowest, highest = up * low + down * high, up * high + down * low
         divisor = np.maximum(np.gcd.reduce(self.weight, axis=1), 1)
@@ -324,11 +326,7 @@ class _Layer:
 
         Samples alternate between the fields before `first` and those after.
         """
-        group = channel // (len(self.weight) // self.groups)
-        order = np.argsort(group, kind="stable")
-        counts = np.bincount(group, minlength=self.groups)
-        rank = np.empty(len(channel), np.int64)
-        rank[order] = np.arange(len(channel)) - np.repeat(np.cumsum(counts) - counts, counts)
+        rank = _ranks(channel // (len(self.weight) // self.groups))
         fields = len(self.taps)
         field = rank % fields
         return self.parts * (rank // fields) + (field >= self.first), field
@@ -347,6 +345,15 @@ class _Layer:
         inside = taps >= 0
         place = np.where(inside, taps + (group * size + sample * size * self.groups)[:, None], 0)
         codes.reshape(-1)[place[inside]] = (centred + self.source.qparams.zero_point)[inside]
+
+
+def _ranks(group: Int64) -> Int64:
+    """Per item, how many of those before it are of its group."""
+    order = np.argsort(group, kind="stable")
+    counts = np.bincount(group)
+    rank = np.empty(len(group), np.int64)
+    rank[order] = np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank
 
 
 def _windows(
@@ -402,28 +409,32 @@ def _targets(layer: _Layer, rng: np.random.Generator) -> _Targets:
     most = max(2, MOST_THRESHOLDS // channels)
     if len(codes) > most:
         codes = np.union1d(codes[[0, -1]], rng.choice(codes, most, replace=False))
-    channel = np.repeat(np.arange(channels), len(codes))
-    before = np.tile(codes, channels)
-    above = _thresholds(layer, channel, before)
-    channel, code = np.tile(channel, 2), np.tile(before, 2)
-    accumulator = np.concatenate([above - 1, above])
+    channel, code = np.repeat(np.arange(channels), len(codes)), np.tile(codes, channels)
+    above = _thresholds(layer, channel, code)
+    there = (above > -(2**31)) & (above < 2**31)
+    channel, code = np.tile(channel[there], 2), np.tile(code[there], 2)
+    accumulator = np.concatenate([above[there] - 1, above[there]])
     # A product of two float32 numbers is exact in float64.
     exact = multiplier_value(layer.multiplier, grid.bits)[channel].astype(np.float64)
     exact *= accumulator.astype(np.float32)
     tie = exact - np.floor(exact) == 0.5
     end = (code == grid.qmin) | (code == grid.qmax - 1)
-    # Channel by channel in turn, so that each gets its share of what there is room for.
     importance = np.where(tie, 0, np.where(end, 1, 2)) + rng.random(len(tie))
-    order = np.lexsort((importance, channel))
-    turn = np.empty(len(order), np.int64)
-    turn[order] = np.arange(len(order)) % max(1, 2 * len(codes))
-    return _Targets(channel, accumulator, tie).take(np.lexsort((channel, turn)))
+    order = np.lexsort((importance, accumulator, channel))
+    # With a multiplier above 1/2 an accumulator is next to several boundaries: it counts once.
+    new = np.diff(np.stack([channel, accumulator])[:, order], prepend=-1).any(axis=0)
+    order = order[new]
+    # Channel by channel in turn, so that each gets its share of what there is room for.
+    order = order[np.lexsort((importance[order], channel[order]))]
+    order = order[np.lexsort((channel[order], _ranks(channel[order])))]
+    return _Targets(channel, accumulator, tie).take(order)
 
 
 def _thresholds(layer: _Layer, channel: Int64, code: Int64) -> Int64:
     """Per channel and code, the smallest accumulator whose code is larger.
 
-    Searched for in all int32 values; where there is none, the result is 2**31.
+    Searched for in all int32 values. A code that does not change among them gives 2**31, or no
+    more than -2**31.
     """
     below = np.full(len(channel), -(2**31) - 1, np.int64)
     above = np.full(len(channel), 2**31, np.int64)
@@ -488,7 +499,9 @@ def _try_pairs(
     """
     rows = np.arange(len(weight))
     chances = rng.random(weight.shape) * (weight != 0)
-    first, second = np.argpartition(-chances, 1, axis=1)[:, :2].T
+    first = chances.argmax(axis=1)
+    chances[rows, first] = -1
+    second = chances.argmax(axis=1)
     a, b = weight[rows, first], weight[rows, second]
     rest = missing + a * x[rows, first] + b * x[rows, second]
     values = np.arange(low, high + 1)
