@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -520,6 +522,21 @@ def test_only_where_the_scale_is_no_power_of_two_may_floats_next_to_a_tie_differ
         assert certificate.compared == sum(run.compared for run in counted)
 
 
+def test_real_inputs_that_meet_a_tie_are_counted_with_the_ties(monkeypatch):
+    monkeypatch.setattr(certifying, "float_configurations", lambda: (float_engine(by_inverse),))
+    program = network(scale=0.0078)
+    scale = np.float32(program.tensors["x"].qparams.scale[0])
+    x = np.random.default_rng(0).uniform(-1, 1, (30, 3, 9, 9)).astype(np.float32)
+    x[:10, 0, 4, 4] = (np.arange(10).astype(np.float32) * 12 - 60 + np.float32(0.5)) * scale
+    certificate = certify(program, inputs=x)
+    data, random, ties = certificate.floats
+    assert certificate.ok
+    assert data.samples <= 20
+    assert data.samples + random.samples + ties.samples == 3 * 30
+    exact = certify(inputs=x)
+    assert [r.samples for r in exact.floats] == [30, 30, 30]
+
+
 def test_an_engine_that_is_wrong_for_floats_away_from_ties_is_not_tolerated(monkeypatch):
     def shifted(program: Program, x: np.ndarray) -> np.ndarray:
         return program.quantize_input(x + np.float32(0.004))
@@ -761,3 +778,32 @@ def test_a_hundred_million_values_of_lenet_and_resnet20_are_equal():
             )
             assert certificate.ok, certificate.reasons()
             assert certificate.compared > 10**8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cpu", "lacking"),
+    [("Haswell", ["amx", "avx512vnni", "avx512"]), ("Skylake-Server", ["amx", "avx512vnni"])],
+)
+def test_on_a_cpu_without_vnni_all_that_is_exact_there_is_certified(folder, tmp_path, cpu, lacking):
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None:
+        pytest.skip("qemu-x86_64 is not installed")
+    out = tmp_path / "c.json"
+    command = ["-m", "intact", "certify", folder / "program.safetensors", "--samples", "10"]
+    done = subprocess.run(
+        [emulator, "-cpu", cpu, sys.executable, "-W", "ignore", *command, "-o", out],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    certificate = Certificate.from_json(out.read_text("utf-8"))
+    assert certificate.ok
+    families = certificate.families()
+    assert set(families) == {"torch", "native", "onnxruntime", "openvino", "onnx-evaluator"}
+    assert all(f"native {isa}" in certificate.missing for isa in lacking)
+    # What would be wrong there is not run, and the reason is given.
+    assert {run.name.split()[1] for run in families["onnxruntime"]} == {"integer"}
+    assert "saturate" in certificate.missing["onnxruntime qoperator"]
+    assert "saturate" in certificate.missing["openvino qdq"]

@@ -241,6 +241,31 @@ def test_every_form_is_taken_where_it_belongs():
     assert forms(example(), "qoperator") == {"conv1": "qlinear", "fc": "qlinear"}
     biased = linear(np.ones((1, 2), np.int8), np.array([1], np.int32), bias=np.ones(1, np.int32))
     assert forms(biased, "qoperator") == {"fc": "integer"}  # QLinearMatMul has no bias
+    free = linear(np.ones((1, 2), np.int8), np.array([0.3], np.float32))
+    assert forms(free, "qoperator") == {"fc": "integer"}
+
+
+def test_a_multiplier_off_the_dyadic_grid_is_never_left_to_the_type_in_which_it_is_multiplied():
+    """A sum whose product is a tie in float32 and next to one in float64, in a convolution."""
+    rng = np.random.default_rng(0)
+    sums = np.arange(-(2**20), 2**20)
+    while True:
+        m = np.float32(rng.uniform(5e-5, 1e-4))
+        differ = np.rint(sums.astype(np.float32) * m) != np.rint(sums * np.float64(m))
+        if differ.any():
+            break
+    weight = np.zeros((1, 1, 1, 1), np.int8)
+    bias = sums[differ][:1].astype(np.int32)
+    builder = Builder.start((1, 1, 1), QParams((1.0,)))
+    builder.weighted(Conv2d("conv", ("x",)), weight, QParams((1.0,)), grid="float", bias=bias)
+    new = {"conv.multiplier": np.array([m]), "conv.weight_scale": np.array([m])}
+    program = replace(builder.finish(), parameters={**builder.parameters, **new})
+    codes = np.zeros((1, 1, 1, 1), np.int8)
+    expected = ReferenceEngine(program)(codes)
+    for flavour in FLAVOURS:
+        made = model(program, flavour=flavour, io="integer")
+        assert_equal(run_evaluator(made, codes), expected)
+        assert_equal(run(made, codes), expected)
 
 
 def test_operators_are_standard_and_those_of_the_flavour():

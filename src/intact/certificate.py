@@ -46,7 +46,7 @@ KINDS = {
 FLOAT_KINDS = {
     "data": "real inputs, or what stands for them",
     "random": "random floats away from ties",
-    "ties": "floats half way between two codes, and one ulp to either side",
+    "ties": "floats half way between two codes, or next to that",
 }
 
 

@@ -423,7 +423,11 @@ def _compare(
 def _float_batches(
     program: Program, inputs: npt.ArrayLike, samples: int, rng: np.random.Generator
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Floats of every kind of `FLOAT_KINDS`; few, as they are not about the program's integers."""
+    """Floats of every kind of `FLOAT_KINDS`; few, as they are not about the program's integers.
+
+    Where the input's scale is no power of two, samples of the other kinds that hold a value next to
+    a tie count as `ties`.
+    """
     spec = program.tensors[program.input]
     grid, scale = spec.qparams, np.float32(spec.qparams.scale[0])
     size = sum(math.prod(tensor.shape) for tensor in program.tensors.values())
@@ -438,11 +442,21 @@ def _float_batches(
     aside = rng.integers(-1, 2, ties.shape)
     away = np.where(aside > 0, np.float32(np.inf), np.float32(-np.inf))
     ties = np.where(aside == 0, ties, np.nextafter(ties, away))
-    return {
-        "data": np.asarray(data, np.float32),
-        "random": steps.astype(np.float32) * scale,
-        "ties": ties.astype(np.float32),
-    }
+    batches = {"data": np.asarray(data, np.float32), "random": steps.astype(np.float32) * scale}
+    near = np.zeros((0, *spec.shape), np.float32)
+    if not is_power_of_two(float(scale)):
+        for kind, x in batches.items():
+            there = _near_ties(x, scale)
+            near = np.concatenate([near, x[there]])
+            batches[kind] = x[~there]
+    return {**batches, "ties": np.concatenate([ties.astype(np.float32), near])}
+
+
+def _near_ties(x: npt.NDArray[np.float32], scale: np.float32) -> npt.NDArray[np.bool_]:
+    """Which samples hold a value whose quotient by the scale is within two ulps of a tie."""
+    quotient = x / scale
+    distance = np.abs(np.abs(quotient - np.rint(quotient)) - np.float32(0.5))
+    return np.asarray((distance <= 2 * np.spacing(np.abs(quotient))).reshape(len(x), -1).any(1))
 
 
 def _beyond(grid: QParams) -> tuple[int, int]:
@@ -460,6 +474,8 @@ def _run_floats(
     exact = is_power_of_two(program.tensors[program.input].qparams.scale[0])
     engine = None
     for kind, x in batches.items():
+        if not len(x):
+            continue
         tolerated = kind == "ties" and configuration.rounds_otherwise and not exact
         compared = different = 0
         wrong, failure = np.zeros(len(x), bool), ""

@@ -74,7 +74,8 @@ Form: TypeAlias = Literal["fused", "float", "qlinear", "integer"]
 fused    one float operator, `M` in the scale of its weights; exact because the products with `M`
          and all their sums are float32 numbers
 float    one float operator on integers, exact because no sum exceeds 2**24; then the multiplier
-qlinear  QLinearConv or QLinearMatMul
+qlinear  QLinearConv or QLinearMatMul, exact because on the dyadic grid every product with `M` is
+         exact or saturates (arithmetic.md, section 3), in float32 and all the more in float64
 integer  ConvInteger or MatMulInteger, on parts of the weights whose sums stay below 2**24, often
          one; sums and bias in int32; then the multiplier"""
 
@@ -232,9 +233,11 @@ def _form(program: Program, op: Op, flavour: Flavour) -> Form:
             fits = int(program.accumulator_bounds(op).max()) <= FLOAT32_EXACT
             return "float" if fits else "integer"
         case "qoperator":
-            # QLinearMatMul has no bias.
+            # QLinearMatMul has no bias. Off the dyadic grid the result of either depends on the type
+            # in which is multiplied: float32 by most, float64 by some.
             biased = isinstance(op, Linear) and f"{op.name}.bias" in program.parameters
-            return "integer" if biased else "qlinear"
+            free = program.parameters[f"{op.name}.multiplier"].dtype == np.float32
+            return "integer" if biased or free else "qlinear"
         case "integer":
             return "integer"
         case _:
