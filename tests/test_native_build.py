@@ -113,6 +113,41 @@ def test_a_compiler_that_makes_no_library_is_passed_over(home, tmp_path, monkeyp
     assert Path(found.command[0]).name in {"cc", "gcc", "clang"}
 
 
+@needs_a_system_compiler
+def test_a_cc_that_is_no_command_is_passed_over(home, monkeypatch):
+    for text in ('gcc "without an end', "/no/such/compiler", " "):
+        monkeypatch.setenv("CC", text)
+        found = build.find_compiler(home)
+        assert Path(found.command[0]).name in {"cc", "gcc", "clang"}
+
+
+@needs_a_system_compiler
+def test_fast_math_of_the_environment_is_undone(home):
+    """It would take a NaN for a number, and subnormal numbers for 0 in all of the process."""
+    code = """
+        import sys
+        import numpy as np
+        sys.path.insert(0, "FOLDER")
+        from strategies import example
+        x = np.zeros((2, 2, 5, 5), np.float32)
+        program = example()
+        program.run(x, engine="native")
+        assert np.float32(1e-40) * np.float32(1) != 0
+        x[1, 0, 2, 3] = np.nan
+        try:
+            program.run(x, engine="native")
+        except Exception as error:
+            print(error)
+    """
+    code = textwrap.dedent(code).replace("FOLDER", str(Path(__file__).parent))
+    environment = {**os.environ, "CC": f"{real_compiler()} -ffast-math"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "NaN at index (1, 0, 2, 3)" in done.stdout
+
+
 def test_another_version_of_the_compiler_gets_builds_of_its_own(home):
     compiler = the_compiler(home)
     newer = replace(compiler, identity=compiler.identity + " newer")
@@ -185,8 +220,11 @@ def test_an_isa_switches_on_its_own_features_and_no_other(warm, monkeypatch, nam
 def test_fused_multiply_add_is_off(home):
     compiler = the_compiler(home)
     for isa in ISAS:
-        assert "-ffp-contract=off" in compiler.flags(isa)
-        assert not any("march=native" in flag or "fast" in flag for flag in compiler.flags(isa))
+        flags = compiler.flags(isa)
+        # What undoes fast math comes first: to clang it also undoes what was said of contraction.
+        assert flags.index("-fno-fast-math") < flags.index("-ffp-contract=off")
+        flags.remove("-fno-fast-math")
+        assert not any("march=native" in flag or "fast" in flag for flag in flags)
 
 
 def test_a_missing_feature_is_named():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -14,11 +17,23 @@ from hypothesis import strategies as st
 
 import strategies
 from intact.arithmetic import QParams
+from intact.engines import load_engine
 from intact.engines.native import isas
 from intact.engines.native.emit import generate
 from intact.engines.reference import ReferenceEngine
-from intact.errors import ProgramError
-from intact.ops import Add, Clamp, Conv2d, Linear, MaxPool2d, Permute, Requantize, Reshape
+from intact.errors import EngineUnavailableError, ProgramError
+from intact.ops import (
+    Add,
+    Clamp,
+    Concat,
+    Conv2d,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Permute,
+    Requantize,
+    Reshape,
+)
 from intact.program import Program
 from native_harness import Compiled, compiler, first_difference
 from strategies import Builder, example
@@ -177,6 +192,130 @@ def test_accumulators_at_the_ends_of_their_range(isa, tmp_path):
 
 
 @pytest.mark.parametrize("isa", KERNELS)
+def test_any_number_of_channels(isa, tmp_path):
+    """Also where the last of several passes over an image has vectors that are not full."""
+    runnable(isa)
+    for i, out in enumerate((1, 15, 31, 49, 61, 97, 130)):
+        b = Builder.start((33, 5, 18), INT8, seed=i)
+        b.weighted(Conv2d("c", ("x",), (1, 2)), weights(b.rng, out, 33, 3, 3), UINT8)
+        b.weighted(Conv2d("d", ("c",)), weights(b.rng, out + 1, out, 1, 1), INT8)
+        program = b.finish()
+        assert first_difference(Compiled(program, isa, tmp_path), codes_for(program)) is None
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_an_input_added_to_its_own_convolution(isa, channels, rescale, tmp_path):
+    """The one kernel reads it in two ways, so its pixels must lie as both expect."""
+    runnable(isa)
+    grid = QParams((2.0,), 4) if rescale else INT8
+    for padding, kernel in (((1, 1, 1, 1), 3), ((0, 0, 0, 0), 1)):
+        b = Builder.start((channels, 6, 32), INT8)
+        conv = Conv2d("conv", ("x",), padding=padding)
+        b.weighted(conv, weights(b.rng, channels, channels, kernel, kernel), grid)
+        b.add(Add("sum", ("conv", b.on_grid("x", grid))), grid)
+        program = b.finish()
+        assert first_difference(Compiled(program, isa, tmp_path), codes_for(program)) is None
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("kind", ["linear", "concat"])
+def test_a_view_that_is_first_read_as_it_is_and_then_stored(isa, kind, tmp_path):
+    runnable(isa)
+    b = Builder.start((4, 3, 3), INT8)
+    b.weighted(Conv2d("conv", ("x",)), weights(b.rng, 4, 4, 1, 1), INT8)
+    b.add(Permute("turned", ("conv",), (1, 2, 0)), INT8)
+    b.add(Reshape("flat", ("turned",), (36,)), INT8)
+    if kind == "linear":
+        b.weighted(Linear("first", ("flat",)), weights(b.rng, 36, 36), INT8)
+        b.add(Add("sum", ("first", "flat")), INT8)
+    else:
+        b.add(Concat("first", ("turned", "turned"), 1), INT8)
+        b.add(Clamp("second", ("turned",)), INT8)
+        b.add(Concat("both", ("first", "second"), 1), INT8)
+    program = b.finish()
+    assert first_difference(Compiled(program, isa, tmp_path), codes_for(program)) is None
+
+
+def stack_bytes(source: str) -> int:
+    """Of the largest local array."""
+    sizes = [0]
+    for width, dimensions in re.findall(r"^ +u?int(8|32)_t \w+((?:\[\d+\])+)", source, re.M):
+        sizes.append(math.prod(map(int, re.findall(r"\d+", dimensions))) * int(width) // 8)
+    return max(sizes)
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+def test_large_kernels_and_images_leave_the_stack_alone(isa, tmp_path):
+    """Threads may have half a megabyte of it."""
+    runnable(isa)
+    apart = Conv2d("conv", ("x",), dilation=(1, 2), groups=2)
+    for shape, conv, weight in (
+        ((3, 500, 310), Conv2d("conv", ("x",), (2, 2)), (4, 3, 5, 5)),
+        ((3, 900, 9), Conv2d("conv", ("x",), (1, 2)), (4, 3, 5, 5)),
+        ((3, 304, 302), Conv2d("conv", ("x",), padding=(1, 0, 2, 0)), (2, 3, 304, 301)),
+        ((4, 192, 402), apart, (4, 2, 190, 199)),
+    ):
+        b = Builder.start(shape, INT8)
+        b.weighted(conv, b.rng.integers(-1, 2, weight).astype(np.int8), INT8)
+        b.add(MaxPool2d("pool", ("conv",)), INT8)
+        program = b.finish()
+        compiled = Compiled(program, isa, tmp_path)
+        assert stack_bytes(compiled.generated.source) <= 2**18
+        assert first_difference(compiled, codes_for(program, 1)) is None
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(3))))
+def test_permutations_are_loops(isa, axes, tmp_path):
+    """Compilers take minutes over tables of a large image's elements."""
+    runnable(isa)
+    for stored in (True, False):
+        b = Builder.start((3, 4, 10), INT8)
+        b.weighted(Conv2d("conv", ("x",), padding=(1, 1, 1, 1)), weights(b.rng, 4, 3, 3, 3), INT8)
+        b.add(Permute("turned", ("conv",), axes), INT8)
+        if stored:
+            b.add(Clamp("clamp", ("turned",)), INT8)
+        b.add(Concat("output", (b.ops[-1].name, "turned"), 1), INT8)
+        b.add(Permute("again", ("output",), axes), INT8)
+        program = b.finish()
+        compiled = Compiled(program, isa, tmp_path)
+        assert not re.search(r"_from\d|_to\d|order_of_", compiled.generated.source)
+        assert first_difference(compiled, codes_for(program)) is None
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+def test_large_kernels_are_loops(isa, tmp_path):
+    """Written out tap by tap, they would take compilers minutes."""
+    runnable(isa)
+    for groups, out, kernel in ((3, 3, (31, 31)), (1, 2, (1, 90))):
+        b = Builder.start((3, 40, 96), INT8)
+        weight = weights(b.rng, out, 3 // groups, *kernel)
+        b.weighted(Conv2d("conv", ("x",), groups=groups), weight, INT8)
+        program = b.finish()
+        compiled = Compiled(program, isa, tmp_path)
+        assert compiled.generated.source.count("DOT(") < 1000
+        assert first_difference(compiled, codes_for(program)) is None
+
+
+def test_what_would_not_fit_the_memory_is_refused():
+    """One reader pads a pixel to a row, another to a column, and both to 14 GB."""
+    far, row, column = (60_000, 60_000), (0, 0, 60_000, 60_000), (60_000, 60_000, 0, 0)
+    b = Builder.start((1, 1, 1), INT8)
+    b.weighted(Conv2d("row", ("x",), far, row), np.ones((1, 1, 1, 1), np.int8), INT8)
+    b.weighted(Conv2d("column", ("x",), far, column), np.ones((1, 1, 1, 1), np.int8), INT8)
+    b.add(Reshape("turned", ("column",), b.shape("row")), INT8)
+    b.add(Add("sum", ("row", "turned")), INT8)
+    program = b.finish()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(EngineUnavailableError, match=r"'x' with its padding would take 14,4"):
+            load_engine("native", program)
+    assert program.codes(codes_for(program), engine="reference").shape == (3, 1, 1, 3)
+
+
+@pytest.mark.parametrize("isa", KERNELS)
 def test_broken_kernels_are_noticed(isa, tmp_path):
     """What the tests above compare can differ: a weight, a bias, a multiplier, the rounding."""
     runnable(isa)
@@ -275,6 +414,12 @@ def test_portable_kernels_are_strict_c99(compiler_name, tmp_path):
 def test_kernels_stay_within_their_memory(isa, tmp_path):
     """Under the address and undefined-behaviour sanitizers, with exact buffers around the calls."""
     runnable(isa)
+    wide = Builder.start((3, 5, 64), INT8)  # windows of many pixels
+    wide.weighted(Conv2d("conv", ("x",)), weights(wide.rng, 2, 3, 1, 61), INT8)
+    # The codes sum to more than an int32 holds, less their zero points they do not.
+    mean = Builder.start((1, 3000, 3000), QParams((1.0,), 254, 254, 255, 8, False))
+    mean.rescaled(GlobalAvgPool("mean", ("x",)), UINT8)
+    sanitize(tmp_path, isa, [(wide.finish(), True), (mean.finish(), True)])
     sanitize(tmp_path, isa, [(network(s, (3, 16, 16), INT8), f) for s in (0, 1) for f in (1, 0)])
 
 

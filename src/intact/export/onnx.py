@@ -233,8 +233,8 @@ def _form(program: Program, op: Op, flavour: Flavour) -> Form:
             fits = int(program.accumulator_bounds(op).max()) <= FLOAT32_EXACT
             return "float" if fits else "integer"
         case "qoperator":
-            # QLinearMatMul has no bias. Off the dyadic grid the result of either depends on the type
-            # in which is multiplied: float32 by most, float64 by some.
+            # QLinearMatMul has no bias. Off the dyadic grid the result of either depends on the
+            # type in which an engine multiplies: float32 in most, float64 in some.
             biased = isinstance(op, Linear) and f"{op.name}.bias" in program.parameters
             free = program.parameters[f"{op.name}.multiplier"].dtype == np.float32
             return "integer" if biased or free else "qlinear"

@@ -26,6 +26,7 @@ from intact.engines.native.build import NO_COMPILER, CompileError, Compiler, fin
 from intact.engines.native.cache import Cache, key_of, open_cache, temporary_cache
 from intact.engines.native.cpu import ISAS
 from intact.engines.native.emit import emitters, generate
+from intact.engines.native.plan import TooLargeError
 from intact.engines.native.runtime import Loaded, Runtime, load_runtime, source_text
 from intact.errors import EngineUnavailableError, EngineWarning, ProgramError
 from intact.program import Program
@@ -74,7 +75,7 @@ class NativeEngine:
                 try:
                     self._load(tools, name, fuse)
                 except EngineUnavailableError as error:
-                    if name == "portable":
+                    if name == "portable" or isinstance(error, TooLargeError):
                         raise
                     warnings.warn(f"not compiled for {name}: {error}", EngineWarning, stacklevel=2)
                 else:

@@ -81,9 +81,12 @@ class Compiler:
         """The flags of everything that is compiled for an instruction set.
 
         `-ffp-contract=off`: a fused multiply-add would round once where arithmetic.md rounds twice.
+        `-fno-fast-math`: $CC may bring the contrary, which knows no NaN and switches subnormal
+        numbers off for the whole process.
         """
-        flags = ["-O3", "-std=c99" if isa == "portable" else "-std=gnu11", "-ffp-contract=off"]
-        flags.append("-fno-math-errno")
+        flags = ["-O3", "-std=c99" if isa == "portable" else "-std=gnu11"]
+        # In this order: to clang, what undoes fast math also undoes what was said of contraction.
+        flags += ["-fno-fast-math", "-ffp-contract=off", "-fno-math-errno"]
         features = ISAS[isa].features
         if self.kind == "zig":  # without -mcpu it compiles for the CPU it runs on
             names = "".join(f"+{f.replace('-', '_')}" for f in features)
@@ -107,7 +110,10 @@ def find_compiler(cache: Cache) -> Compiler | None:
 
 def _commands() -> Iterator[tuple[str, ...]]:
     """Full commands of the compilers that are installed."""
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation without an end
+        named = []
     for command in (named, ["cc"], ["gcc"], ["clang"]):
         if command and (path := shutil.which(command[0])):
             yield (path, *command[1:])

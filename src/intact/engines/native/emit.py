@@ -19,6 +19,7 @@ import numpy.typing as npt
 from typing_extensions import assert_never
 
 from intact.engines.native.plan import (
+    MOST_STACK,
     Average,
     Concatenate,
     Elementwise,
@@ -42,6 +43,9 @@ ABI = 1
 
 Array = npt.NDArray[Any]
 
+MOST_LOOPS = 8
+"""Loops around a copy of bytes; what would take more is a table."""
+
 MODULE = """\
 typedef struct {
     uint32_t abi;
@@ -61,12 +65,18 @@ PRELUDE = """\
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__GNUC__)
+/* noipa: gcc 12 may take the stores of a loop for none, and then leaves out the call. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define LAYER static __attribute__((noinline, noipa))
+#elif defined(__GNUC__)
 #define LAYER static __attribute__((noinline))
+#else
+#define LAYER static
+#endif
+#if defined(__GNUC__)
 #define TABLE static const __attribute__((aligned(64)))
 #define EXPORT __attribute__((visibility("default")))
 #else
-#define LAYER static
 #define TABLE static const
 #define EXPORT
 #endif
@@ -309,6 +319,7 @@ class _File:
             f"input {clean(place.tensor)}: {shape_text(place)}",
             "load(const uint8_t *input, uint8_t *arena, uint32_t s)",
             ["(void)s;", pointer("x", place, const=False), border, body],
+            layer=True,
         )
 
     def _portable_load(self, place: Place) -> str:
@@ -338,6 +349,7 @@ class _File:
             f"output {clean(self.plan.program.output)}",
             "store(uint8_t *output, const uint8_t *arena, uint32_t s)",
             ["(void)s;", pointer("x", place, const=True), self._copy_out(place, offsets, "output")],
+            layer=True,
         )
 
     def _copy_out(self, place: Place, offsets: Array, target: str) -> str:
@@ -350,6 +362,8 @@ class _File:
             body += f"{self._column(place, 'x_')} + c]{flip});"
             inner = loop("y", place.height, loop("x_", place.width, body))
             return loop("c", place.channels, inner)
+        if loops := strided(offsets):
+            return nested(loops, f"*{target}++ = (uint8_t)(x[{{0}}]{flip});")
         table = self.tables.add(f"order_of_{target}", offsets.astype(np.int32))
         return loop("i", len(offsets), f"{target}[i] = (uint8_t)(x[{table}[i]]{flip});")
 
@@ -493,10 +507,11 @@ class _File:
         sample = source.sample if step.rows else pixel * sx
         base = "group" if step.groups > 1 else "window"
         positions = [(i, j) for i in range(pool_h) for j in range(pool_w)]
+        copied = len(positions) * padded <= MOST_STACK
         gather = []
         for p, (i, j) in enumerate(positions):
             move = i * sy * source.row + j * sx * pixel
-            if direct:
+            if direct or not copied:
                 gather.append(f"const uint8_t *const patch{p} = {base} + {move};")
                 continue
             gather.append(f"uint8_t patch{p}[{padded}];")
@@ -514,8 +529,17 @@ class _File:
         for p in range(len(positions)):
             # Signed as long as no sum of products can leave int32: then the dot product is seen.
             kind = "int32_t" if padded * 255 * 128 < 2**31 else "uint32_t"
-            inner = f"acc{p} += ({kind})((int32_t)patch{p}[k] * row[k]);"
-            body.append(f"{kind} acc{p} = 0;\n{loop('k', padded, inner)}")
+            if direct or copied:
+                inner = f"acc{p} += ({kind})((int32_t)patch{p}[k] * row[k]);"
+                dot = loop("k", padded, inner)
+            else:
+                at, tap = f"ky * {step.dilation[0] * source.row} + k", "ky"
+                if not contiguous:
+                    at, tap = f"{at} + kx * {step.dilation[1] * pixel}", f"(ky * {kw} + kx)"
+                inner = f"acc{p} += ({kind})((int32_t)patch{p}[{at}] * row[{tap} * {run} + k]);"
+                dot = loop("k", run, inner)
+                dot = loop("ky", kh, dot if contiguous else loop("kx", kw, dot))
+            body.append(f"{kind} acc{p} = 0;\n{dot}")
             body.append(f"const int32_t sum{p} = (int32_t)((uint32_t)acc{p} + (uint32_t){b}[o]);")
         body.append("int32_t sum = sum0;")
         body += [f"sum = sum{p} > sum ? sum{p} : sum;" for p in range(1, len(positions))]
@@ -575,7 +599,7 @@ class _File:
         body = [
             f"const uint8_t *const window = x + {at};",
             f"uint8_t *const out = to + y * {target.row} + x_ * {target.pixel} + c0;",
-            f"int32_t acc[{chunk}];",
+            f"uint32_t acc[{chunk}];",
         ]
         taps = [(i, j) for i in range(kh) for j in range(kw)]
         count = str(chunk) if channels % chunk == 0 else "count"
@@ -591,14 +615,14 @@ class _File:
                 f"{w}[c0 + c + {(i * kw + j) * channels}]"
                 for i, j in taps
             )
-            body.append(each(f"acc[c] = {terms};"))
+            body.append(each(f"acc[c] = (uint32_t)({terms});"))
         else:
             body.append(each("acc[c] = 0;"))
             tap = f"ky * {dy * source.row} + kx * {dx * source.pixel}"
             factor = f"{w}[(ky * {kw} + kx) * {channels} + c0 + c]"
-            add = each(f"acc[c] += (int32_t)window[{tap} + c] * {factor};")
+            add = each(f"acc[c] += (uint32_t)((int32_t)window[{tap} + c] * {factor});")
             body.append(loop("ky", kh, loop("kx", kw, add)))
-        sum_ = f"(int32_t)((uint32_t)acc[c] + (uint32_t){b}[c0 + c])"
+        sum_ = f"(int32_t)(acc[c] + (uint32_t){b}[c0 + c])"
         body.append(
             each(f"out[c] = requantize({sum_}, {m}[c0 + c], {bounds(step.requantization)});")
         )
@@ -624,10 +648,10 @@ class _File:
             add = f"if ({inside}) {{\n{indent(add)}\n}} else {{\n{indent(pad)}\n}}"
         body = (
             f"uint8_t *const out = to + y * {target.row} + x_ * {target.pixel} + c0;\n"
-            f"int32_t acc[{chunk}];\n"
-            f"for (int c = 0; c < {count}; c++) {{\n    acc[c] = {step.bias};\n}}\n"
+            f"uint32_t acc[{chunk}];\n"  # modulo 2**32; the true accumulator fits int32
+            f"for (int c = 0; c < {count}; c++) {{\n    acc[c] = {step.bias % 2**32}u;\n}}\n"
             + loop("ky", kh, loop("kx", kw, window + add))
-            + f"\nfor (int c = 0; c < {count}; c++) {{\n    out[c] = requantize(acc[c], "
+            + f"\nfor (int c = 0; c < {count}; c++) {{\n    out[c] = requantize((int32_t)acc[c], "
             f"{m}[c0 + c], {bounds(step.requantization)});\n}}"
         )
         chunks = f"for (int c0 = 0; c0 < {channels}; c0 += {chunk}) {{\n{indent(body)}\n}}"
@@ -649,6 +673,9 @@ class _File:
         lines = []
         for i, (index, places) in enumerate(zip(step.index, step.places, strict=True)):
             source = "x" if len(step.sources) == 1 else f"x{i}"
+            if loops := strided(places, index):
+                lines.append(nested(loops, f"to[{{0}}] = {source}[{{1}}];"))
+                continue
             first = int(places[0])
             at = f"i + {first}"
             if not np.array_equal(places, np.arange(first, first + len(places))):
@@ -713,6 +740,47 @@ def maximum(step: Maximum) -> str:
         f"memset(out, 0, {channels});\n" + loop("ky", kh, loop("kx", kw, window + take))
     )
     return loop("y", target.height, loop("x_", target.width, body))
+
+
+@dataclass(frozen=True, slots=True)
+class _Strides:
+    """Nested loops, outermost first: how often, and what is added to each of some indices."""
+
+    first: list[int]
+    rounds: list[tuple[int, list[int]]]
+
+
+def strided(*indices: Array) -> _Strides | None:
+    """The loops that count through these arrays of one length all at once, if there are any.
+
+    A permutation of a large image as a table would take minutes to compile.
+    """
+    first = [int(index[0]) for index in indices]
+    rounds: list[tuple[int, list[int]]] = []
+    while (left := len(indices[0])) > 1:
+        steps = [int(index[1]) - int(index[0]) for index in indices]
+        regular = np.all([np.diff(i) == s for i, s in zip(indices, steps, strict=True)], axis=0)
+        count = left if regular.all() else int(np.argmin(regular)) + 1
+        if left % count or len(rounds) == MOST_LOOPS:
+            return None
+        grids = [index.reshape(-1, count) for index in indices]
+        if any((np.diff(g) != s).any() for g, s in zip(grids, steps, strict=True)):
+            return None
+        rounds.insert(0, (count, steps))
+        indices = tuple(grid[:, 0] for grid in grids)
+    return _Strides(first, rounds)
+
+
+def nested(loops: _Strides, statement: str) -> str:
+    """The loops around a statement, in which `{0}`, `{1}` stand for the indices."""
+    terms = [
+        " + ".join([str(first), *(f"i{k} * {s[n]}" for k, (_, s) in enumerate(loops.rounds))])
+        for n, first in enumerate(loops.first)
+    ]
+    text = statement.format(*terms)
+    for k, (count, _) in reversed(list(enumerate(loops.rounds))):
+        text = loop(f"i{k}", count, text)
+    return text
 
 
 def concatenate(step: Concatenate) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from intact.engines.native.emit import Emitter, indent, loop
-from intact.engines.native.plan import Layout, MatMul, Place, Requantization
+from intact.engines.native.plan import MOST_UNROLLED, Layout, MatMul, Place, Requantization
 
 __all__ = ["Avx512Vnni"]
 
@@ -178,6 +178,7 @@ class Avx512Vnni(Emitter):
         In two loops: a load of what was just stored in two halves would wait for both.
         """
         columns = place.phase // (place.windows * 4)
+        reach = 0
         rows = [f"pixels[y][{phase}]" for phase in range(place.phases)]
         if place.width % LANES == 0 and place.phases <= 2:
             text = rgb_pixels(place, [f"{row} + x0 / {place.phases}" for row in rows])
@@ -194,6 +195,7 @@ class Avx512Vnni(Emitter):
             # The pixels whose three bytes reach into the four bytes of this dword.
             for k in range(4 * d // 3, min((4 * d + 3) // 3 + 1, 4 * place.windows // 3)):
                 move, row = divmod(phase + k, place.phases)
+                reach = max(reach, move)
                 part = f"LOAD({rows[row]} + v + {move})"
                 shift = 8 * (3 * k - 4 * d)
                 if shift:
@@ -205,7 +207,7 @@ class Avx512Vnni(Emitter):
             store = f"_mm512_storeu_si512({to},\n    {joined});"
             lines.append(f"for (int v = 0; v < {columns}; v += 16) {{\n{indent(store)}\n}}")
         # What lies behind the last column ends in lanes that are never stored.
-        room = columns + LANES
+        room = columns + -(-reach // LANES) * LANES
         first = loop("y", place.height, text)
         second = loop("y", place.height, "\n".join(lines))
         return f"uint32_t pixels[{place.height}][{place.phases}][{room}];\n{first}\n{second}"
@@ -213,6 +215,9 @@ class Avx512Vnni(Emitter):
     def matmul(self, step: MatMul, name: str) -> str | None:
         """A convolution or linear layer."""
         if step.depthwise:
+            _, kh, kw, _ = step.weight.shape
+            if -(-kh // 4) * kw > MOST_UNROLLED:
+                return None
             return _Depthwise(self, step, name).body()
         if step.pixel_lanes:
             return _PixelLanes(self, step, name).body()
@@ -349,7 +354,7 @@ class _ChannelLanes:
             parts = [indices[:-1], indices[-1:]] if ragged else [indices]
             for part in filter(None, parts):
                 first = part[0] * self.tile.vectors
-                valid = min(self.group_out - first, vectors * LANES)
+                valid = min(self.group_out - first * LANES, vectors * LANES)
                 pass_text = self._pass(vectors, valid if ragged and part[-1] == indices[-1] else 0)
                 start = f"v0 = {first} + c * {vectors}" if len(part) > 1 else f"v0 = {first}"
                 head = (

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from typing_extensions import assert_never
 
 from intact.arithmetic import QParams, multiplier_value
+from intact.errors import EngineUnavailableError
 from intact.ops import (
     Add,
     AvgPool2d,
@@ -56,6 +57,7 @@ __all__ = [
     "Plan",
     "Requantization",
     "Step",
+    "TooLargeError",
     "make_plan",
     "stored_offset",
 ]
@@ -72,6 +74,18 @@ BLOCK = 16
 """Samples per call of the last linear layers: their weights are then read once for all of them."""
 BLOCK_BYTES = 2**18
 """Most bytes of the tensors that are held for a whole block: more would leave the cache."""
+MOST_STACK = 2**18
+"""Most bytes of a kernel's local arrays: threads may have half a megabyte of stack."""
+MOST_UNROLLED = 64
+"""Columns of a kernel that are written out one by one, at most: compilers take long over more."""
+MOST_TENSOR_BYTES = 2**30
+"""Of a tensor with its border, and of a linear layer's weights: kernels address them with int."""
+MOST_ARENA_BYTES = 2**32
+"""Working memory of one thread."""
+
+
+class TooLargeError(EngineUnavailableError):
+    """A program that no instruction set can run; the reference engine can."""
 
 
 def stored_offset(qparams: QParams) -> int:
@@ -504,7 +518,10 @@ class _Planner:
         view = self.views.pop(tensor, None)  # views that were made of it go on through its root
         if view is not None:
             op = next(op for op in self.program.ops if op.name == tensor)
-            drafts.append(_Draft((op,), tensor, (view.root,), view=view))
+            # Earlier steps that could read the view as it is find it stored now, too.
+            readers = (i for i, draft in enumerate(drafts) if tensor in draft.reads)
+            draft = _Draft((op,), tensor, (view.root,), view=view)
+            drafts.insert(next(readers, len(drafts)), draft)
 
     def _channel_concat(self, op: Concat) -> bool:
         rank = len(self.tensors[op.name].shape)
@@ -562,6 +579,7 @@ class _Planner:
             only_convolutions
             and len(readers) == 1
             and name == self.program.input
+            and readers[0].addend is None  # it may be this tensor itself
             and self._across_pixels(convolutions[0], readers[0].pool)
         ):
             self.across.add(convolutions[0].name)
@@ -573,12 +591,16 @@ class _Planner:
         if pixel == 4 and channels == 3 and convolutions[0].name in self.across:
             kw = self.program.parameters[f"{convolutions[0].name}.weight"].shape[3]
             packed = -(-kw * channels // 4)
-            if packed < kw and not any(border):
+            each = -(-columns // (phases * self.layout.lanes)) * self.layout.lanes
+            # All pixels pass through the stack, with room for a kernel behind those of a phase.
+            small = height * phases * (each + MOST_UNROLLED) * 4 <= MOST_STACK
+            if packed < kw and not any(border) and small:
                 windows = packed
-                phase = packed * -(-columns // (phases * self.layout.lanes)) * self.layout.lanes * 4
+                phase = packed * each * 4
                 row = phase * phases
         zero = spec.qparams.zero_point + stored_offset(spec.qparams)
         size = (border[0] + height + border[1]) * row
+        _bound(f"the tensor {name!r} with its padding", size, MOST_TENSOR_BYTES)
         return Place(
             name,
             channels,
@@ -602,6 +624,8 @@ class _Planner:
         if not self.layout.pixel_lanes or conv.groups != 1 or channels not in {3, 4}:
             return False
         if out_channels * math.prod(pool) > MOST_ACCUMULATORS or conv.dilation[1] != 1:
+            return False
+        if kw > MOST_UNROLLED:
             return False
         lanes = self.layout.lanes
         width = self.tensors[conv.name].shape[2] // pool[1]
@@ -652,6 +676,7 @@ class _Planner:
             shared = any(s < end and start < e and n != name for s, e, _, _, n in placed)
             result[name] = replace(result[name], fill_each=shared)
         arena = max(end for _, end, *_ in placed) + SLACK
+        _bound("a sample's working memory", arena, MOST_ARENA_BYTES)
         return result, align(arena)
 
     def _resolve(self, tensor: str, places: dict[str, Place]) -> tuple[Place, Array]:
@@ -804,7 +829,9 @@ class _Planner:
         if len(shape) == 1:
             # One weight per byte of the source, in its own order; borders and gaps get 0.
             start = int(offsets.min())
-            spread = np.zeros((len(weight), int(offsets.max()) - start + 1), np.int8)
+            reach = int(offsets.max()) - start + 1
+            _bound(f"the weight of {op.name!r}, spread", len(weight) * reach, MOST_TENSOR_BYTES)
+            spread = np.zeros((len(weight), reach), np.int8)
             spread[:, offsets - start] = weight
             weight = spread
         else:
@@ -820,6 +847,13 @@ class _Planner:
             first=start,
             out=(1, rows),
             rows=draft.rows,
+        )
+
+
+def _bound(what: str, size: int, most: int) -> None:
+    if size > most:
+        raise TooLargeError(
+            f"{what} would take {size:,} bytes, more than the {most:,} of native code."
         )
 
 
