@@ -20,6 +20,8 @@ from intact.arithmetic import QParams
 from intact.engines import load_engine
 from intact.engines.native import isas
 from intact.engines.native.emit import generate
+from intact.engines.native.emit_avx512 import Avx512Vnni
+from intact.engines.native.plan import make_plan
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, ProgramError
 from intact.ops import (
@@ -132,6 +134,50 @@ def test_odd_shapes(isa, fuse, tmp_path):
         program = network(seed, first, INT8 if seed % 2 else UINT8)
         compiled = Compiled(program, isa, tmp_path, fuse=fuse)
         assert first_difference(compiled, codes_for(program)) is None
+
+
+def first_layers(count: int) -> list[Program]:
+    """Convolutions of images, with a max pool or without, whose results lie densely."""
+    found = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        kh, kw, sy, sx = (int(rng.integers(*ends)) for ends in ((1, 6), (1, 8), (1, 3), (1, 3)))
+        pool = tuple(int(n) for n in rng.choice([1, 2, 2, 3], 2))
+        height = kh + sy * pool[0] * int(rng.integers(1, 12))
+        width = int(rng.choice([16, 32, 64, 96, 128, 160])) if seed % 2 else 0
+        width = max(width, kw + sx * pool[1] * int(rng.integers(1, 40)))
+        dilation = (2, 1) if height > 2 * kh and seed % 5 == 0 else (1, 1)
+        grid = INT8 if seed % 3 else UINT8
+        b = Builder.start((3, height, width), grid, seed)
+        most = max(1, 24 // (pool[0] * pool[1]))
+        out = int(rng.integers(1, most + 1))
+        bias = rng.integers(-900, 900, out).astype(np.int32)
+        op = Conv2d("conv", ("x",), (sy, sx), (0, 0, 0, 0), dilation)
+        b.weighted(op, weights(rng, out, 3, kh, kw), UINT8, bias=bias)
+        if all(n >= p for n, p in zip(b.shape("conv")[1:], pool, strict=True)):
+            b.add(MaxPool2d("pool", ("conv",), kernel=pool, stride=pool), UINT8)
+        found.append(b.finish())
+    return found
+
+
+@pytest.mark.parametrize("isa", KERNELS)
+def test_first_layers_on_images_of_any_size(isa, tmp_path):
+    runnable(isa)
+    for program in first_layers(40):
+        assert first_difference(Compiled(program, isa, tmp_path), codes_for(program)) is None
+
+
+def test_vectors_run_on_from_row_to_row_where_that_takes_fewer():
+    places = [make_plan(p, Avx512Vnni.layout).input for p in first_layers(40)]
+    windowed = [place for place in places if place.windows]
+    assert {place.row_phases for place in windowed} >= {0, 1, 2, 4}
+    lenet = Builder.start((3, 32, 32), UINT8)
+    lenet.weighted(Conv2d("conv", ("x",)), weights(lenet.rng, 6, 3, 5, 5), UINT8)
+    lenet.add(MaxPool2d("pool", ("conv",), (2, 2), (2, 2)), UINT8)
+    place = make_plan(lenet.finish(), Avx512Vnni.layout).input
+    # 196 windows of 16 bytes lie side by side, by the parity of their rows and columns.
+    assert (place.windows, place.phases, place.row_phases, place.row) == (4, 2, 2, 14 * 4)
+    assert place.line(5) == place.row_phase + 2 * place.row
 
 
 @pytest.mark.parametrize("isa", KERNELS)
@@ -421,6 +467,7 @@ def test_kernels_stay_within_their_memory(isa, tmp_path):
     mean.rescaled(GlobalAvgPool("mean", ("x",)), UINT8)
     sanitize(tmp_path, isa, [(wide.finish(), True), (mean.finish(), True)])
     sanitize(tmp_path, isa, [(network(s, (3, 16, 16), INT8), f) for s in (0, 1) for f in (1, 0)])
+    sanitize(tmp_path, isa, [(program, True) for program in first_layers(12)])
 
 
 @pytest.mark.slow

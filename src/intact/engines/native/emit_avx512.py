@@ -29,6 +29,8 @@ Array = npt.NDArray[Any]
 
 LANES = 16
 REGISTERS = 32
+MOST_HELD = 4
+"""Vectors of pixels of a row's phase that are held in registers, at most."""
 L1_WEIGHTS = 20 * 1024
 """Bytes of weights that may stay in the first-level cache beside the tile's input."""
 
@@ -173,44 +175,37 @@ class Avx512Vnni(Emitter):
         return loop("y", place.height, rgb_pixels(place, to))
 
     def _load_windows(self, place: Place) -> str:
-        """Pixels are first stored by phase, then windows shifted together from those.
+        """Pixels by phase, then windows shifted together from those.
 
-        In two loops: a load of what was just stored in two halves would wait for both.
+        In registers where a row's pixels fit. Else in two loops: a load of what was just stored in
+        two halves would wait for both.
         """
-        columns = place.phase // (place.windows * 4)
-        reach = 0
-        rows = [f"pixels[y][{phase}]" for phase in range(place.phases)]
-        if place.width % LANES == 0 and place.phases <= 2:
-            text = rgb_pixels(place, [f"{row} + x0 / {place.phases}" for row in rows])
-        else:
-            flip = " ^ 128" if place.signed else ""
-            plane = place.height * place.width
-            at = f"input[y * {place.width} + x0 + c * {plane}]"
-            pixel = f"pixels[y][x0 % {place.phases}][x0 / {place.phases}]"
-            byte = loop("c", 3, f"{pixel} |= (uint32_t)({at}{flip}) << 8 * c;")
-            text = loop("x0", place.width, f"{pixel} = 0;\n{byte}")
+        plane = place.phase // place.windows
+        vectors = -(-(place.row if place.row_phases else plane) // (LANES * 4))
+        to = f"y * {place.row}"
+        if place.row_phases:
+            to = f"y / {place.row_phases} * {place.row}"
+            to += f" + y % {place.row_phases} * {place.row_phase}"
+        held, rest = divmod(place.width, LANES * place.phases)
+        in_registers = place.phases <= 2 and not rest and held <= MOST_HELD
+        pixels = _HeldPixels(place, held) if in_registers else _StoredPixels(place, plane)
         lines = []
-        for phase, d in itertools.product(range(place.phases), range(place.windows)):
+        names: list[int | str] = [*range(vectors)] if in_registers else ["v"]
+        for v, phase, d in itertools.product(names, range(place.phases), range(place.windows)):
             parts = []
             # The pixels whose three bytes reach into the four bytes of this dword.
             for k in range(4 * d // 3, min((4 * d + 3) // 3 + 1, 4 * place.windows // 3)):
                 move, row = divmod(phase + k, place.phases)
-                reach = max(reach, move)
-                part = f"LOAD({rows[row]} + v + {move})"
+                part = pixels.vector(row, v, move)
                 shift = 8 * (3 * k - 4 * d)
                 if shift:
                     direction = "slli" if shift > 0 else "srli"
                     part = f"_mm512_{direction}_epi32({part}, {abs(shift)})"
                 parts.append(part)
             joined = functools.reduce(lambda a, b: f"_mm512_or_si512({a},\n    {b})", parts)
-            to = f"x + y * {place.row} + {phase * place.phase + d * columns * 4} + v * 4"
-            store = f"_mm512_storeu_si512({to},\n    {joined});"
-            lines.append(f"for (int v = 0; v < {columns}; v += 16) {{\n{indent(store)}\n}}")
-        # What lies behind the last column ends in lanes that are never stored.
-        room = columns + -(-reach // LANES) * LANES
-        first = loop("y", place.height, text)
-        second = loop("y", place.height, "\n".join(lines))
-        return f"uint32_t pixels[{place.height}][{place.phases}][{room}];\n{first}\n{second}"
+            at = f"line + {phase * place.phase + d * plane} + {v} * 64"
+            lines.append(f"_mm512_storeu_si512({at},\n    {joined});")
+        return pixels.body(f"uint8_t *const line = x + {to};", "\n".join(lines), vectors)
 
     def matmul(self, step: MatMul, name: str) -> str | None:
         """A convolution or linear layer."""
@@ -222,6 +217,111 @@ class Avx512Vnni(Emitter):
         if step.pixel_lanes:
             return _PixelLanes(self, step, name).body()
         return _ChannelLanes(self, step, name).body()
+
+
+class _HeldPixels:
+    """The pixels of a row in registers, a dword each, by phase."""
+
+    def __init__(self, place: Place, held: int) -> None:
+        self.place = place
+        self.held = held
+        self.moved: dict[str, str] = {}
+
+    def vector(self, phase: int, v: int | str, move: int) -> str:
+        """16 pixels of a phase from number `16 * v + move` on, 0 behind the row's end."""
+        vector = int(v) + move // LANES
+        move %= LANES
+        here, behind = (
+            f"p{phase}_{i}" if i < self.held else "_mm512_setzero_si512()"
+            for i in (vector, vector + 1)
+        )
+        if not move or vector >= self.held:
+            return here
+        name = f"{here}_{move}"
+        self.moved[name] = f"_mm512_alignr_epi32({behind}, {here}, {move})"
+        return name
+
+    def body(self, line: str, stores: str, vectors: int) -> str:
+        """The loop over rows."""
+        del vectors
+        place = self.place
+        plane = place.height * place.width
+        flip = "0x808080" if place.signed else ""
+        lines = [f"const uint8_t *const p = input + y * {place.width};"]
+        for j in range(self.held):
+            at = j * LANES * place.phases
+            colours = (f"p + {c * plane + at}" for c in range(3))
+            lines += two_phases(j, *colours) if place.phases == 2 else one_phase(j, *colours)
+            if flip:
+                lines += [
+                    f"p{f}_{j} = _mm512_xor_si512(p{f}_{j}, _mm512_set1_epi32({flip}));"
+                    for f in range(place.phases)
+                ]
+        lines += [f"const V {name} = {value};" for name, value in self.moved.items()]
+        return loop("y", place.height, "\n".join([*lines, line, stores]))
+
+
+class _StoredPixels:
+    """The pixels of all rows in memory, a dword each, by phase."""
+
+    def __init__(self, place: Place, plane: int) -> None:
+        self.place = place
+        self.columns = max(plane // 4, -(-place.width // place.phases))
+        if place.row_phases:
+            self.columns = -(-place.width // (place.phases * LANES)) * LANES
+        self.reach = 0
+
+    def vector(self, phase: int, v: int | str, move: int) -> str:
+        """16 pixels of a phase from number `16 * v + move` on."""
+        self.reach = max(self.reach, move)
+        return f"LOAD(pixels[y][{phase}] + {v} * {LANES} + {move})"
+
+    def body(self, line: str, stores: str, vectors: int) -> str:
+        """The loop that stores pixels, and the one that makes windows of them."""
+        place = self.place
+        if place.width % LANES == 0 and place.phases <= 2:
+            rows = [f"pixels[y][{phase}] + x0 / {place.phases}" for phase in range(place.phases)]
+            text = rgb_pixels(place, rows)
+        else:
+            flip = " ^ 128" if place.signed else ""
+            plane = place.height * place.width
+            at = f"input[y * {place.width} + x0 + c * {plane}]"
+            pixel = f"pixels[y][x0 % {place.phases}][x0 / {place.phases}]"
+            byte = loop("c", 3, f"{pixel} |= (uint32_t)({at}{flip}) << 8 * c;")
+            text = loop("x0", place.width, f"{pixel} = 0;\n{byte}")
+        # What lies behind the last column ends in lanes that are never stored.
+        room = self.columns + -(-self.reach // LANES) * LANES
+        first = loop("y", place.height, text)
+        second = loop("y", place.height, f"{line}\n{loop('v', vectors, stores)}")
+        return f"uint32_t pixels[{place.height}][{place.phases}][{room}];\n{first}\n{second}"
+
+
+def one_phase(j: int, *colours: str) -> list[str]:
+    """Statements that declare `p0_j`: 16 pixels of three planes."""
+    load = "_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)({})))"
+    r, g, b = (load.format(colour) for colour in colours)
+    return [
+        f"V p0_{j} = _mm512_or_si512({r}, _mm512_slli_epi32({g}, 8));",
+        f"p0_{j} = _mm512_or_si512(p0_{j}, _mm512_slli_epi32({b}, 16));",
+    ]
+
+
+def two_phases(j: int, *colours: str) -> list[str]:
+    """Statements that declare `p0_j` and `p1_j`: 16 even and 16 odd pixels of three planes."""
+    load = "_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)({})))"
+    lines = [f"const V {c}{j} = {load.format(at)};" for c, at in zip("rgb", colours, strict=True)]
+
+    def byte(colour: str, mask: str, shift: int) -> str:
+        kept = f"_mm512_and_si512({colour}{j}, _mm512_set1_epi32({mask}))"
+        return f"_mm512_slli_epi32({kept}, {shift})" if shift else kept
+
+    return [
+        *lines,
+        f"V p0_{j} = _mm512_or_si512({byte('r', '0xff', 0)}, {byte('g', '0xff', 8)});",
+        f"p0_{j} = _mm512_or_si512(p0_{j}, {byte('b', '0xff', 16)});",
+        f"V p1_{j} = _mm512_or_si512(_mm512_srli_epi32(r{j}, 8), {byte('g', '0xff00', 0)});",
+        f"p1_{j} = _mm512_or_si512(p1_{j}, {byte('b', '0xff00', 8)});",
+    ]
 
 
 class _ChannelLanes:
@@ -528,7 +628,10 @@ class _ChannelLanes:
 
 
 class _PixelLanes:
-    """Lanes are neighbouring (pooled) pixels of a row; a weight's four bytes are broadcast."""
+    """Lanes are neighbouring (pooled) pixels; a weight's four bytes are broadcast.
+
+    A vector's pixels are of one row, or run on from row to row.
+    """
 
     def __init__(self, emitter: Avx512Vnni, step: MatMul, name: str) -> None:
         self.emitter = emitter
@@ -551,8 +654,7 @@ class _PixelLanes:
         # Per row: dword of the window, output channel, byte.
         packed = np.swapaxes(packed.reshape(kh, out_channels, dwords, 4), 1, 2)
         w = self.emitter.tables.add(f"{self.name}_weight", packed)
-        width = step.out[1] // pool_columns
-        move = step.stride[0] * pool_rows * source.row
+        height, width = step.out[0] // pool_rows, step.out[1] // pool_columns
         positions = [(r, j) for r in range(pool_rows) for j in range(pool_columns)]
         accumulators = ", ".join(
             f"a{p}_{o} = _mm512_set1_epi32({c_int(int(step.bias[o]))})"
@@ -568,9 +670,8 @@ class _PixelLanes:
             for r, j in positions:
                 column = start + j * step.stride[1] + (0 if source.windows else k)
                 plane = k * source.phase // source.windows if source.windows else 0
-                row = r * step.stride[0] * source.row
-                moves.append(row + source.column(column) - base + plane)
-            loads = ", ".join(f"x{p} = LOAD(q + {at})" for p, at in enumerate(moves))
+                moves.append(f"q{r} + {source.column(column) - base + plane}")
+            loads = ", ".join(f"x{p} = LOAD({at})" for p, at in enumerate(moves))
             dots = "\n".join(
                 f"{{ const V v = bytes4(w + {(k * out_channels + o) * 4}); "
                 + " ".join(f"DOT(a{p}_{o}, x{p}, v);" for p in range(len(positions)))
@@ -578,15 +679,16 @@ class _PixelLanes:
                 for o in range(out_channels)
             )
             taps.append(f"{{\n{indent(f'const V {loads};')}\n{indent(dots)}\n}}")
+        lines = "\n".join(
+            f"const uint8_t *const q{r} = p + {self._line(r * step.stride[0])};"
+            for r in range(pool_rows)
+        )
         body = [
-            f"const uint8_t *const p = x + {step.first} + y * {move} + x0 * 4;",
-            f"uint8_t *out = to + y * {target.row} + x0 * {target.pixel};",
             f"V {accumulators};",
             loop(
                 "ky",
                 kh,
-                f"const int8_t *const w = {w} + ky * {dwords * out_channels * 4};\n"
-                f"const uint8_t *const q = p + ky * {step.dilation[0] * source.row};\n"
+                f"const int8_t *const w = {w} + ky * {dwords * out_channels * 4};\n{lines}\n"
                 + "\n".join(taps),
             ),
         ]
@@ -611,12 +713,32 @@ class _PixelLanes:
             f"memcpy(out + {d * 4}, &codes[{d}][i], {min(4, out_channels - d * 4)});"
             for d in range(quads)
         )
-        count = "16" if width % 16 == 0 else f"({width} - x0 < 16 ? {width} - x0 : 16)"
+        # A vector's outputs are those of one row, or run on from row to row.
+        length = height * width if source.row_phases else width
+        count = "16" if length % 16 == 0 else f"({length} - x0 < 16 ? {length} - x0 : 16)"
         body.append(
             f"for (int i = 0; i < {count}; i++, out += {target.pixel}) {{\n{indent(copies)}\n}}"
         )
-        inner = f"for (int x0 = 0; x0 < {width}; x0 += 16) {{\n" + indent("\n".join(body)) + "\n}"
-        return loop("y", step.out[0] // pool_rows, inner)
+        if source.row_phases:
+            where = ("", "")
+        else:
+            where = (f" + y * {step.stride[0] * pool_rows * source.row}", f" + y * {target.row}")
+        body = [
+            f"const uint8_t *const p = x + {step.first}{where[0]} + x0 * 4;",
+            f"uint8_t *out = to{where[1]} + x0 * {target.pixel};",
+            *body,
+        ]
+        inner = f"for (int x0 = 0; x0 < {length}; x0 += 16) {{\n" + indent("\n".join(body)) + "\n}"
+        return inner if source.row_phases else loop("y", height, inner)
+
+    def _line(self, down: int) -> str:
+        """Bytes from the first row of a window to row `down + ky * dilation`, as a C expression."""
+        source, dilation = self.step.source, self.step.dilation[0]
+        if not source.row_phases:
+            return f"{down * source.row} + ky * {dilation * source.row}"
+        kh = self.step.weight.shape[1]
+        lines = np.array([source.line(down + ky * dilation) for ky in range(kh)], np.int32)
+        return f"{self.emitter.tables.add(f'{self.name}_lines{down}', lines)}[ky]"
 
 
 class _Depthwise:

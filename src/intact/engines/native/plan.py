@@ -123,6 +123,10 @@ class Place:
     windows where a column holds not its pixel alone but the window of a kernel that starts there:
             its bytes without gaps, as this many dwords. The first dwords of all columns (of a
             phase) come first, then the second ones, and so on
+    row_phases   0, or row y lies in row phase `y % row_phases`, at index `y // row_phases`; then
+            the windows of a row follow those of the row before it without a gap, so that a vector
+            of neighbouring outputs may run on into the next row
+    row_phase    bytes from a row phase to the next
     sample  bytes from a sample to the next, where a block of samples is held, else 0
     start, size   the bytes it owns, all samples and slack included
     """
@@ -139,6 +143,8 @@ class Place:
     phases: int = 1
     phase: int = 0
     windows: int = 0
+    row_phases: int = 0
+    row_phase: int = 0
     sample: int = 0
     start: int = 0
     size: int = 0
@@ -153,6 +159,12 @@ class Place:
     def column(self, x: int) -> int:
         """Bytes from the row's first stored pixel to its column `x`, border included."""
         return (x % self.phases) * self.phase + (x // self.phases) * self.pixel
+
+    def line(self, y: int) -> int:
+        """Bytes from the first stored row to row `y`, border included."""
+        if not self.row_phases:
+            return y * self.row
+        return y % self.row_phases * self.row_phase + y // self.row_phases * self.row
 
     def element_offsets(self) -> Array:
         """Bytes from `offset` to every element, `[C, H, W]`; int64."""
@@ -310,7 +322,8 @@ class Plan:
     tail   linear layers that run on all samples of the block at once
     input  where the input's codes are stored
     output where the result lies, with the byte offset of every element from `output.offset`
-    traced tensors that are stored, in the order of their steps, the input first
+    traced tensors that are stored, in the order of their steps, the input first unless parts of it
+           that no kernel reads are overwritten
     arena  bytes of working memory
     """
 
@@ -383,7 +396,11 @@ class _Planner:
         count = len(steps) - len(tail)
         rows = [step for step in steps[count:] if isinstance(step, MatMul)]
         output, offsets = self._resolve(self.program.output, places)
-        traced = tuple(places[name] for name in names if name in self.program.tensors)
+        traced = tuple(
+            places[name]
+            for name in names
+            if name in self.program.tensors and not places[name].row_phases
+        )
         return Plan(
             self.program,
             tuple(steps[:count]),
@@ -587,7 +604,7 @@ class _Planner:
         columns = border[2] + width + border[3]
         phase = -(-columns // phases) * pixel if phases > 1 else 0
         row = phase * phases if phases > 1 else columns * pixel
-        windows = 0
+        windows = row_phases = row_phase = 0
         if pixel == 4 and channels == 3 and convolutions[0].name in self.across:
             kw = self.program.parameters[f"{convolutions[0].name}.weight"].shape[3]
             packed = -(-kw * channels // 4)
@@ -598,8 +615,16 @@ class _Planner:
                 windows = packed
                 phase = packed * each * 4
                 row = phase * phases
+                conv, pool = convolutions[0], readers[0].pool
+                if runs := self._runs_on(conv, pool, self._place(readers[0].name, drafts)):
+                    row_phases = conv.stride[0] * pool[0]
+                    row, plane = runs
+                    phase = packed * plane
+                    row_phase = phase * phases
         zero = spec.qparams.zero_point + stored_offset(spec.qparams)
         size = (border[0] + height + border[1]) * row
+        if row_phases:
+            size = row_phases * row_phase
         _bound(f"the tensor {name!r} with its padding", size, MOST_TENSOR_BYTES)
         return Place(
             name,
@@ -614,8 +639,31 @@ class _Planner:
             phases,
             phase,
             windows,
+            row_phases,
+            row_phase,
             size=align(size + SLACK),
         )
+
+    def _runs_on(self, conv: Conv2d, pool: Pair, target: Place) -> Pair | None:
+        """Bytes of a row of windows, and of a plane of them, if vectors run on from row to row.
+
+        They do where that takes fewer vectors, and where the results of a row follow those of the
+        row before it.
+        """
+        lanes = self.layout.lanes
+        height, width = (
+            n // p for n, p in zip(self.tensors[conv.name].shape[1:], pool, strict=True)
+        )
+        vectors = -(-height * width // lanes)
+        if vectors >= height * -(-width // lanes) or not target.dense:
+            return None
+        phases = conv.stride[0] * pool[0]
+        kernel = self.program.parameters[f"{conv.name}.weight"].shape[2]
+        farthest = (pool[0] - 1) * conv.stride[0] + (kernel - 1) * conv.dilation[0]
+        rows = -(-self.tensors[conv.inputs[0]].shape[1] // phases)
+        # Up to the last vector that is written, and the last one that is read.
+        dwords = max(rows * width + lanes, vectors * lanes + farthest // phases * width)
+        return width * 4, -(-dwords // lanes) * lanes * 4
 
     def _across_pixels(self, conv: Conv2d, pool: Pair) -> bool:
         """Whether a vector across pixels needs fewer dot products than one across channels."""
