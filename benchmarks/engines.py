@@ -64,8 +64,8 @@ def measure(subject: Subject, batch: int, threads: int, isa: str, rounds: int) -
         contenders,
         rounds=rounds,
         segment=0.015,
-        # Worker threads of a peer may spin for some milliseconds after a call.
-        pause=0.02 if threads > 1 else 0.0,
+        # Worker threads of a peer may spin for tens of milliseconds after a call.
+        pause=0.1 if threads > 1 else 0.0,
         budget=6.0,
     )
     return {

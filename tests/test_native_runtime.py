@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import textwrap
@@ -363,6 +364,31 @@ def test_threads_are_balanced(kit, way):
     counts = np.bincount(used)[1:]
     assert counts.sum() == 70
     assert counts.min() >= 20
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is a matter of Linux")
+def test_a_worker_that_shares_the_cpu_of_the_thread_that_submits_is_moved(kit, way):
+    everywhere = os.sched_getaffinity(0)
+    if len(everywhere) < 2:
+        pytest.skip("there is one CPU")
+    way.stop()
+    tasks = Path("/proc/self/task")
+    before = set(tasks.iterdir())
+    loaded = where(kit, way, 2)
+    arenas_used(loaded, 16)
+    (made,) = set(tasks.iterdir()) - before
+    worker = int(made.name)
+    here = min(everywhere)
+    os.sched_setaffinity(worker, {here})
+    for _ in range(100):
+        os.sched_setaffinity(0, {here})
+        arenas_used(loaded, 4)  # both there; as nothing else is allowed, so be it
+        assert os.sched_getaffinity(worker) == {here}
+        os.sched_setaffinity(0, everywhere)
+        arenas_used(loaded, 16)  # still there, most likely
+        if os.sched_getaffinity(worker) != {here}:
+            break
+    assert os.sched_getaffinity(worker) == everywhere - {here}
 
 
 def test_several_python_threads_may_share_an_engine(kit, way):

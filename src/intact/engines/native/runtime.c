@@ -8,6 +8,10 @@
    the CPU is chosen when it runs. With INTACT_PYTHON it is an extension module, else its functions
    are called through ctypes. It is never unloaded: its threads and its fork handlers live in it. */
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1 /* for CPU affinity */
+#endif
+
 #ifdef INTACT_PYTHON
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -25,6 +29,7 @@
 #include <time.h>
 #if defined(__linux__)
 #include <errno.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -405,6 +410,45 @@ static pthread_t worker_threads[MAX_WORKERS];
 static atomic_uint submissions; /* changes whenever there is something new to look for */
 static bool stopping;
 
+/* The kernel may put a thread that it wakes on the CPU of the one that woke it, and leave both there
+   for whole calls while another CPU idles: a batch then takes as long as on one thread. So workers
+   note where they run, and the thread that submits keeps those that ran on its own CPU off it. */
+#if defined(__linux__)
+static atomic_int worker_cpu[MAX_WORKERS];
+static int kept_off[MAX_WORKERS]; /* a CPU, or -1; under `pool_lock` */
+
+static void note_cpu(uint32_t me)
+{
+    atomic_store_explicit(&worker_cpu[me], sched_getcpu(), memory_order_relaxed);
+}
+
+static void forget_cpu(uint32_t me)
+{
+    atomic_store(&worker_cpu[me], -1);
+    kept_off[me] = -1;
+}
+
+static void keep_apart(uint32_t count) /* with `pool_lock` held */
+{
+    const int here = sched_getcpu();
+    cpu_set_t others;
+    for (uint32_t i = 0; i < count && i < workers; i++) {
+        if (here < 0 || atomic_load_explicit(&worker_cpu[i], memory_order_relaxed) != here ||
+            kept_off[i] == here)
+            continue;
+        if (sched_getaffinity(0, sizeof others, &others)) /* more CPUs than a set holds */
+            return;
+        CPU_CLR(here, &others);
+        if (CPU_COUNT(&others) && !pthread_setaffinity_np(worker_threads[i], sizeof others, &others))
+            kept_off[i] = here;
+    }
+}
+#else
+static void note_cpu(uint32_t me) { (void)me; }
+static void forget_cpu(uint32_t me) { (void)me; }
+static void keep_apart(uint32_t count) { (void)count; }
+#endif
+
 static job *open_job(void)
 {
     for (job *j = jobs; j; j = j->following)
@@ -413,9 +457,9 @@ static job *open_job(void)
     return NULL;
 }
 
-static void *worker(void *unused)
+static void *worker(void *number)
 {
-    (void)unused;
+    const uint32_t me = (uint32_t)(uintptr_t)number;
     pthread_mutex_lock(&pool_lock);
     while (!stopping) {
         job *j = open_job();
@@ -436,6 +480,7 @@ static void *worker(void *unused)
         j->joined++;
         atomic_fetch_add(&j->active, 1);
         pthread_mutex_unlock(&pool_lock);
+        note_cpu(me);
         work(j);
         pthread_mutex_lock(&pool_lock);
         if (atomic_fetch_sub(&j->active, 1) == 1) /* the last touch of a job that may now be gone */
@@ -452,8 +497,10 @@ static void start_workers(uint32_t wanted) /* with `pool_lock` held */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the main thread's business */
-    while (workers < wanted && !pthread_create(&worker_threads[workers], NULL, worker, NULL))
-        workers++;
+    for (int failed = 0; workers < wanted && !failed; workers += !failed) {
+        forget_cpu(workers);
+        failed = pthread_create(&worker_threads[workers], NULL, worker, (void *)(uintptr_t)workers);
+    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
@@ -462,6 +509,7 @@ static void share(job *j)
     pthread_mutex_lock(&pool_lock);
     if (workers + 1 < j->threads)
         start_workers(j->threads - 1);
+    keep_apart(j->threads - 1);
     j->following = jobs;
     jobs = j;
     atomic_fetch_add(&submissions, 1);
