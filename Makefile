@@ -1,4 +1,5 @@
-# `make demo` shows what quantization does to a network; `make test` proves that it is exact.
+# `make demo` shows what quantization does to a network, and that all engines here agree on the result;
+# `make test` proves that they do on any.
 # PYTHON=python3.12 chooses the interpreter of a new .venv.
 
 PYTHON ?= python3
@@ -9,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: .venv/.installed
 	$(BIN)/intact lenet --data digits -o demo
+	$(BIN)/intact certify demo/program.safetensors
 	@echo "Open $(CURDIR)/demo/report.html in a browser."
 
 test: lint
