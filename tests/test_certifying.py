@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,9 +32,10 @@ from intact.certificate import (
 from intact.configurations import Configuration, FloatConfiguration, configurations, select
 from intact.engines import onnxruntime, openvino, reference
 from intact.engines.reference import ReferenceEngine
-from intact.errors import IntactError, ProgramError, StorageError
+from intact.errors import EngineUnavailableError, IntactError, ProgramError, StorageError
 from intact.ops import Add, AvgPool2d, Conv2d, Linear, MaxPool2d, Requantize, Reshape, accumulates
 from intact.program import Program
+from intact.recipe import PRESETS
 from strategies import Builder, programs
 from test_cli import intact_
 
@@ -592,6 +596,16 @@ def test_an_engine_whose_package_is_missing_is_named(monkeypatch, package):
     assert any(c.name == "torch" for c in here)
 
 
+def test_an_engine_that_cannot_run_this_program_is_named_and_not_compared():
+    def refuse(program: Program):
+        raise EngineUnavailableError("there is no kernel for it.")
+
+    certificate = certify(also=[Configuration("picky", refuse)])
+    assert certificate.ok
+    assert certificate.missing["picky"] == "there is no kernel for it"
+    assert [engine.name for engine in certificate.engines] == ["torch"]
+
+
 def test_where_only_the_reference_is_left_nothing_is_certified(monkeypatch):
     monkeypatch.setattr(certifying, "configurations", lambda: ((), {"torch": "not installed"}))
     monkeypatch.setattr(certifying, "float_configurations", lambda: ())
@@ -771,7 +785,7 @@ def test_a_hundred_million_values_of_lenet_and_resnet20_are_equal():
         for _ in range(3):
             resnet(batch)  # batch norm gets statistics
     for model in (load_lenet("cifar10", "last"), load_lenet("cifar10", "none"), resnet.eval()):
-        for recipe in (intact.Recipe.default(), intact.Recipe.lab()):
+        for recipe in PRESETS.values():
             program = intact.quantize(model, [batch], recipe)
             certificate = intact.certify(
                 program, images, samples=1000 if model is not resnet else 40
@@ -807,3 +821,35 @@ def test_on_a_cpu_without_vnni_all_that_is_exact_there_is_certified(folder, tmp_
     assert {run.name.split()[1] for run in families["onnxruntime"]} == {"integer"}
     assert "saturate" in certificate.missing["onnxruntime qoperator"]
     assert "saturate" in certificate.missing["openvino qdq"]
+
+
+ARM64_SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[3])
+import numpy as np
+import intact
+program = intact.load(sys.argv[1])
+x = np.random.default_rng(0).uniform(-1, 1, (10, 3, 32, 32)).astype(np.float32)
+engines = ["onnxruntime", "openvino", "onnx-evaluator"]
+certificate = intact.certify(program, x, samples=10, engines=engines)
+open(sys.argv[2], "w").write(certificate.to_json())
+"""
+
+
+@pytest.mark.slow
+def test_the_exported_files_are_exact_on_arm64(folder, tmp_path):
+    command = os.environ.get("INTACT_ARM64_PYTHON")
+    if not command:
+        pytest.skip("INTACT_ARM64_PYTHON does not name a Python of ARM64; see CONTRIBUTING.md")
+    out = tmp_path / "c.json"
+    words = [*shlex.split(command), "-W", "ignore", "-c", ARM64_SCRIPT]
+    words += [str(folder / "program.safetensors"), str(out), str(Path(intact.__file__).parents[1])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    certificate = Certificate.from_json(out.read_text("utf-8"))
+    assert certificate.ok, certificate.reasons()
+    assert "aarch64" in certificate.machine["system"]
+    assert {run.name for run in certificate.engines} >= {
+        "onnxruntime qdq all", "onnxruntime qoperator all", "onnxruntime integer all",
+        "openvino qdq",
+    }  # fmt: skip

@@ -48,7 +48,7 @@ from intact.configurations import (
 )
 from intact.engines import Engine
 from intact.engines.reference import ReferenceEngine
-from intact.errors import IntactError, ProgramError
+from intact.errors import EngineUnavailableError, IntactError, ProgramError
 from intact.ops import Add, Linear, Op, accumulates
 from intact.program import Program
 
@@ -118,6 +118,8 @@ def certify(
     steps = len(chosen) * len(subjects) + len(floats)
     for i, subject in enumerate(subjects):
         _run(subject, chosen, tallies, lambda what, n, i=i: tell(what, i * len(chosen) + n, steps))  # type: ignore[misc]
+    missing |= {name: t.unavailable for name, t in tallies.items() if t.unavailable}
+    floats = [c for c in floats if c.name not in missing]
     results: list[FloatResult] = []
     batches = _float_batches(program, inputs, len(data), rng)
     for i, configuration in enumerate(floats):
@@ -134,9 +136,9 @@ def certify(
         ),
         inputs=_described(subjects, description or "inputs that were given"),
         boundaries=tuple(s.boundary for s in subjects if s.boundary is not None),
-        engines=tuple(tallies[c.name].result(c.name) for c in chosen),
+        engines=tuple(tallies[c.name].result(c.name) for c in chosen if c.name not in missing),
         floats=tuple(results),
-        missing={name: reason for name, reason in missing.items() if name in names},
+        missing={name: why for name, why in missing.items() if name in names or name in tallies},
         notes=tuple(notes),
         machine=machine.describe(),
         versions=versions,
@@ -290,6 +292,7 @@ class _Tally:
         self._different: Counter[tuple[str, str]] = Counter()
         self._first: Difference | None = None
         self.failure = ""
+        self.unavailable = ""
 
     def compare(self, piece: _Piece, layer: str, offset: int, got: Codes) -> None:
         """Compare the codes of a layer for the samples from `offset` in the piece on."""
@@ -340,7 +343,7 @@ def _run(
         for n, configuration in enumerate(chosen):
             tell(f"{subject.what} on {configuration.name}", n)
             tally = tallies[configuration.name]
-            if tally.failure:
+            if tally.failure or tally.unavailable:
                 continue
             try:
                 engine = configuration.make(subject.program)
@@ -348,7 +351,10 @@ def _run(
                     _compare(subject, piece, engine, _most(configuration, subject), tally)
             except Exception as error:  # noqa: BLE001 (whatever breaks an engine is a result)
                 reason = str(error).strip() or type(error).__name__
-                tally.failure = f"{subject.what}: {reason}"
+                if isinstance(error, EngineUnavailableError) and subject.compared is None:
+                    tally.unavailable = reason.rstrip(".")  # of this program, on this machine
+                else:
+                    tally.failure = f"{subject.what}: {reason}"
 
 
 def _most(configuration: Configuration, subject: _Subject) -> int | None:

@@ -74,9 +74,15 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3  # errors only: a warning per shape helps nobody
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        return self._runtime.InferenceSession(
-            made.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            return self._runtime.InferenceSession(
+                made.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # old ones lack kernels; its errors have no type in common
+            reason = str(error).strip().splitlines()[-1:]
+            raise EngineUnavailableError(
+                f"ONNX Runtime cannot load the program on this machine: {' '.join(reason)}"
+            ) from error
 
     def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
         """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.

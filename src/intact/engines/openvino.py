@@ -110,7 +110,13 @@ def infer_request(data: bytes, threads: int | None) -> Any:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    return core.compile_model(core.read_model(data), "CPU", settings).create_infer_request()
+    try:
+        return core.compile_model(core.read_model(data), "CPU", settings).create_infer_request()
+    except RuntimeError as error:  # on ARM64 it has no kernel for some ConvInteger
+        reason = str(error).strip().splitlines()[-1:]
+        raise EngineUnavailableError(
+            f"OpenVINO cannot compile the program for this machine: {' '.join(reason)}"
+        ) from error
 
 
 @cache
