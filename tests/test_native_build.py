@@ -395,6 +395,7 @@ def test_the_least_recently_used_go_first(home, monkeypatch):
         os.utime(home.folder / "libraries" / name, (1000 - age, 1000 - age))
     assert home.find("oldest")  # which is a use
     monkeypatch.setattr(cache, "MAX_BYTES", 340_000)
+    monkeypatch.setattr(cache, "PRUNE_EVERY", 1)
     make("new")
     assert {entry.name for entry in libraries(home)} == {"old", "oldest", "new"}
 

@@ -122,9 +122,10 @@ def certify(
     floats = [c for c in floats if c.name not in missing]
     results: list[FloatResult] = []
     batches = _float_batches(program, inputs, len(data), rng)
+    expected = _expected_of_floats(program, batches) if floats else {}
     for i, configuration in enumerate(floats):
         tell(f"floats on {configuration.name}", steps - len(floats) + i, steps)
-        results += _run_floats(program, configuration, batches)
+        results += _run_floats(program, configuration, batches, expected)
     if used := compiler():
         versions = {**machine.versions(), "compiler": used}
     else:
@@ -470,24 +471,32 @@ def _beyond(grid: QParams) -> tuple[int, int]:
     return grid.qmin - grid.zero_point - 3, grid.qmax - grid.zero_point + 3
 
 
+def _expected_of_floats(
+    program: Program, batches: Mapping[str, npt.NDArray[np.float32]]
+) -> dict[str, dict[str, Codes]]:
+    """Per kind, the codes of every op."""
+    reference, subject = ReferenceEngine(program), _Subject(program, {})
+    return {
+        kind: _expected(reference, subject, _Piece(kind, 0, program.quantize_input(x))).expected
+        for kind, x in batches.items()
+        if len(x)
+    }
+
+
 def _run_floats(
     program: Program,
     configuration: FloatConfiguration,
     batches: Mapping[str, npt.NDArray[np.float32]],
+    all_expected: Mapping[str, Mapping[str, Codes]],
 ) -> Iterator[FloatResult]:
-    reference = ReferenceEngine(program)
     # By a power of two engines divide exactly, however they do it.
     exact = is_power_of_two(program.tensors[program.input].qparams.scale[0])
     engine = None
-    for kind, x in batches.items():
-        if not len(x):
-            continue
+    for kind, expected in all_expected.items():
+        x = batches[kind]
         tolerated = kind == "ties" and configuration.rounds_otherwise and not exact
         compared = different = 0
         wrong, failure = np.zeros(len(x), bool), ""
-        expected = _expected(
-            reference, _Subject(program, {}), _Piece(kind, 0, program.quantize_input(x))
-        ).expected
         real = dequantize(expected[program.output], program.tensors[program.output].qparams)
         try:
             engine = engine or configuration.make(program)

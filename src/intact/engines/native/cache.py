@@ -32,6 +32,9 @@ __all__ = ["Cache", "key_of", "open_cache"]
 
 MAX_BYTES = 2**29
 """Beyond this size the entries that were not used for longest go."""
+PRUNE_EVERY = 32
+"""Libraries that a process makes between two looks at how large the cache has become: a look takes
+longer the fuller it is."""
 STALE_SECONDS = 3600
 """A folder of work in progress that is older belongs to a process that was killed."""
 
@@ -49,6 +52,7 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._made = 0  # libraries, by this process
         for name in ("libraries", "facts"):
             (folder / name).mkdir(exist_ok=True)
 
@@ -93,7 +97,9 @@ class Cache:
                 if self.find(key):
                     break
                 shutil.rmtree(entry, ignore_errors=True)
-        self._prune(spare=entry)
+        if self._made % PRUNE_EVERY == 0:
+            self._prune(spare=entry)
+        self._made += 1
         if found := self.find(key):
             return found
         raise OSError(f"the library that was just written to {entry} is not there.")
