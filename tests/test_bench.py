@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_a_call_that_would_take_too_long_is_left_out_with_its_reason(program, mo
     assert all("a call would take about" in reason for reason in got.missing.values())
 
 
+def test_the_first_batch_is_left_out_too_if_it_would_take_too_long(program, monkeypatch):
+    def load(name, program, threads=None):
+        engine = engines.load_engine(name, program, threads)
+        return lambda codes: (time.sleep(0.05 * len(codes)), engine(codes))[1]
+
+    monkeypatch.setattr(benchmark, "load_engine", load)
+    monkeypatch.setattr(benchmark, "LONGEST_CALL", 4.0)
+    got = quick(program, engines=["reference"], codes=True, batches=(100,))
+    assert got.measured == ()
+    assert list(got.missing) == ["reference, batch 100"]
+
+
 def test_the_instruction_set_of_an_engine_is_part_of_its_name(program, monkeypatch):
     def load(name, program, threads=None):
         engine = engines.load_engine("reference", program, threads)
@@ -310,6 +323,23 @@ def test_what_is_not_measured_leaves_its_cells_empty_and_is_named(path, monkeypa
     assert "batch 4 " not in ran.out.partition("not measured")[0]
 
 
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_where_no_engine_can_be_measured_the_status_is_1(path, monkeypatch, as_json):
+    def load(name, program, threads=None):
+        raise EngineUnavailableError("it is not here.")
+
+    monkeypatch.setattr(benchmark, "load_engine", load)
+    ran = intact_("bench", path, "--engines", "native, torch", "--codes", *as_json)
+    assert ran.code == 1
+    if as_json:
+        assert json.loads(ran.out)["missing"] == dict.fromkeys(
+            ["native", "torch"], "it is not here."
+        )
+    else:
+        assert "not measured: native: it is not here.\nnot measured: torch: it" in ran.out
+        assert "ready in" not in ran.out
+
+
 def test_json_holds_everything(program, path):
     ran = intact_("bench", path, "--engines", "reference", "--rounds", 3, "--batch", "2", "--json")
     assert ran.code == 0, ran.err
@@ -327,6 +357,7 @@ def test_json_holds_everything(program, path):
         (["--batch", "many"], 2, "takes numbers with commas between them"),
         (["--batch", "0"], 1, "are positive numbers"),
         (["--engines", "abacus"], 1, "there is no engine 'abacus'"),
+        (["--engines", " , "], 2, "takes names with commas between them"),
         (["--rounds", "0"], 2, "--rounds"),
     ],
 )

@@ -570,6 +570,8 @@ def test_engines_are_chosen_by_their_first_words():
         ({"engines": ["tensorflow"]}, "there is no engine 'tensorflow' here"),
         ({"inputs": 3.0}, "a single number, not a batch"),
         ({"inputs": np.zeros((0, 3, 9, 9), np.int8)}, "the batch is empty"),
+        ({"also": [Configuration("torch", ReferenceEngine)]}, "cannot be called 'torch'"),
+        ({"also": [Configuration("", ReferenceEngine)]}, "cannot be called ''"),
     ],
 )
 def test_a_wrong_question_is_an_error(options, message):
@@ -758,9 +760,42 @@ def test_inputs_of_ones_own_are_certified(folder, tmp_path):
     assert intact_("certify", program, "--data", "digits", "--samples", 9, *options).code == 0
     data = Certificate.from_json((tmp_path / "c.json").read_text("utf-8")).inputs[0]
     assert (data.samples, data.description) == (9, "digits, test images")
-    both = intact_("certify", program, "--data", "digits", "--inputs", tmp_path / "x.npy")
-    assert both.code != 0
-    assert "give one of them" in " ".join(both.err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["-o", "folder"], 1, "folder is a folder. Name a file in it"),
+        (["-o", "/dev/null/c.json"], 1, "/dev/null is a file, not a folder"),
+        (["--inputs", "empty.npy"], 1, "empty.npy holds no samples"),
+        (["--data", "digits", "--inputs", "empty.npy"], 2, "give one of them"),
+        (["--data-dir", "folder"], 2, "give --data too"),
+        (["--engines", ","], 2, "--engines takes names with commas between them"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_runs(
+    folder, tmp_path, monkeypatch, options, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    np.save("empty.npy", np.zeros((0, 3, 32, 32), np.float32))
+    monkeypatch.setattr(certifying, "configurations", lambda: pytest.fail("it has begun"))
+    ran = intact_("certify", folder / "program.safetensors", *options)
+    assert (ran.code, ran.out) == (code, "")
+    assert message in " ".join(ran.err.replace("│", " ").split())
+
+
+def test_what_is_not_here_for_the_same_reason_is_told_once(folder, tmp_path, monkeypatch):
+    missing = {"native amx": "no compiler", "native portable": "no compiler", "torch": "not here"}
+    monkeypatch.setattr(certifying, "configurations", lambda: ((), missing))
+    monkeypatch.setattr(certifying, "float_configurations", lambda: ())
+    ran = intact_("certify", folder / "program.safetensors", "-o", tmp_path / "c.json")
+    assert ran.code == 1
+    lines = [line for line in ran.out.splitlines() if line.startswith("not here")]
+    assert lines == [
+        "not here: native amx, native portable: no compiler",
+        "not here: torch: not here",
+    ]
 
 
 # -- at length -----------------------------------------------------------------------------------

@@ -532,7 +532,7 @@ def test_ctrl_c_is_status_130(tmp_path, monkeypatch):
 
 COMMANDS = [
     [], ["lenet"], ["train"], ["train", "lenet"], ["train", "resnet20"], ["inspect"], ["evaluate"],
-    ["run"], ["bench"], ["report"],
+    ["run"], ["bench"], ["report"], ["export"], ["certify"],
 ]  # fmt: skip
 
 
@@ -558,6 +558,17 @@ def test_an_error_is_one_line_on_standard_error(tmp_path):
     ran = process("inspect", tmp_path / "none.safetensors")
     assert (ran.returncode, ran.stdout) == (1, "")
     assert re.fullmatch(r"error: cannot read .*none.safetensors does not exist.*\n", ran.stderr)
+
+
+def test_the_warning_of_an_engine_is_one_line_on_standard_error(demo, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 3, 32, 32), np.float32))
+    nowhere = dict.fromkeys(["PATH", "HOME", "XDG_CACHE_HOME"], str(tmp_path))
+    environment = {**os.environ, **nowhere, "CC": ""}  # no compiler, and nothing compiled before
+    ran = process("run", demo[0] / "program.safetensors", tmp_path / "x.npy", env=environment)
+    assert ran.returncode == 0, ran.stderr
+    if not ran.stderr:
+        pytest.skip("the package ziglang brings a compiler")
+    assert re.fullmatch(r"warning: running on the engine 'reference', .*\n", ran.stderr)
 
 
 def test_an_encoding_that_lacks_a_character_is_no_error(demo):

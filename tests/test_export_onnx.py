@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import intact
 from intact.arithmetic import QParams, dequantize, multiplier_value
+from intact.configurations import evaluator
 from intact.engines.reference import ReferenceEngine
 from intact.errors import ExportError, StorageError
 from intact.export.onnx import (
@@ -27,7 +28,7 @@ from intact.export.onnx import (
     saturates,
     saturation_probe,
 )
-from intact.ops import Conv2d, Linear, Requantize, accumulates
+from intact.ops import Conv2d, Linear, MaxPool2d, Requantize, accumulates
 from intact.program import Program, QTensor
 from strategies import Builder, example, input_codes, programs
 
@@ -50,9 +51,7 @@ def run(made, fed, level=LEVELS.ORT_ENABLE_ALL):
 
 def run_evaluator(made, fed):
     """What the reference evaluator of `onnx` makes of it: the specification, in NumPy."""
-    from onnx.reference import ReferenceEvaluator
-
-    return ReferenceEvaluator(made).run(None, {made.graph.input[0].name: fed})[0]
+    return evaluator(made).run(None, {made.graph.input[0].name: fed})[0]
 
 
 def fed_and_expected(program: Program, codes, io):
@@ -123,6 +122,25 @@ def test_the_reference_evaluator_agrees(data):
     flavour, io = (data.draw(st.sampled_from(c)) for c in (FLAVOURS, IOS))
     fed, expected = fed_and_expected(program, codes, io)
     assert_equal(run_evaluator(model(program, flavour=flavour, io=io), fed), expected)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 1, 2, 0)])
+def test_the_reference_evaluator_pools_codes_with_a_stride_of_1(signed, padding):
+    grid = QParams((1.0,), 0) if signed else QParams((1.0,), 0, 0, 255, signed=False)
+    top, bottom, left, right = padding
+    shape = (2, 3 + top + bottom, 3 + left + right)
+    program = Program(
+        "x",
+        "y",
+        (MaxPool2d("y", ("x",), (3, 3), (1, 1), padding),),
+        {"x": QTensor((2, 5, 5), grid), "y": QTensor(shape, grid)},
+        {},
+    )
+    rng = np.random.default_rng(0)
+    codes = rng.integers(grid.qmin, grid.qmax + 1, (7, 2, 5, 5)).astype(grid.dtype)
+    made = model(program, io="integer")
+    assert_equal(run_evaluator(made, codes), ReferenceEngine(program)(codes))
 
 
 def all_pairs_on_ties() -> tuple[Program, np.ndarray]:
@@ -465,7 +483,7 @@ def cli(*words) -> subprocess.CompletedProcess:
 def test_the_command_writes_beside_the_program(tmp_path):
     done = cli(saved(example(), tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "layers by form: 2 float" in done.stdout
+    assert "layers: 2 as float operators on integers" in done.stdout
     assert "2 layers could saturate" in done.stdout
     made = onnx.load(tmp_path / "p.onnx")
     assert made == model(example())
@@ -484,10 +502,20 @@ def test_the_command_takes_every_option_and_speaks_json(tmp_path):
 
 
 def test_the_command_fails_with_one_line(tmp_path):
-    done = cli(saved(example(), tmp_path), "-o", tmp_path / "none" / "o.onnx")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: cannot write")
-    assert done.stderr.count("\n") == 1
+    program = saved(example(), tmp_path)
+    before = program.read_bytes()
+    for out, message in ((tmp_path, "is a folder"), (program, "is the program. Name another")):
+        done = cli(program, "-o", out)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {out} {message}")
+        assert done.stderr.count("\n") == 1
+    assert program.read_bytes() == before
+
+
+def test_the_command_makes_the_folder(tmp_path):
+    out = tmp_path / "a" / "b" / "o.onnx"
+    assert cli(saved(example(), tmp_path), "-o", out).returncode == 0
+    assert onnx.load(out) == model(example())
 
 
 def test_programs_of_unsigned_codes_need_no_raising():

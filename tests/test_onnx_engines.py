@@ -19,7 +19,7 @@ from intact.engines import load_engine
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, ProgramError
 from intact.export.onnx import FLAVOURS, model, saturates
-from intact.ops import Conv2d, Linear, Requantize
+from intact.ops import Conv2d, Linear, Permute, Requantize
 from strategies import Builder, example, input_codes, programs
 
 pytest.importorskip("onnx", reason="the package onnx is not installed")
@@ -162,6 +162,22 @@ def test_openvino_agrees_on_convolutions_that_it_computes_wrongly_if_written_pla
         codes = rng.integers(-128, 128, (2, groups, height, width)).astype(np.int8)
         for flavour in openvino_flavours():
             check_openvino(program, codes, flavour)
+
+
+@pytest.mark.parametrize("axes", [(0, 2, 1), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+def test_openvino_survives_a_permutation_before_a_grouped_convolution(axes):
+    """Written plainly, with a zero point, the process ends with a segmentation fault."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    rng = np.random.default_rng(0)
+    builder = Builder.start((6, 4, 3), QParams((1.0,), 4))
+    builder.add(Permute("turned", ("x",), axes), builder.grid("x"))
+    channels = builder.shape("turned")[0]
+    weight = rng.integers(-9, 9, (channels, 1, 2, 2)).astype(np.int8)
+    builder.weighted(Conv2d("conv", ("turned",), groups=channels), weight, QParams((1.0,)))
+    program = builder.finish()
+    codes = rng.integers(-128, 128, (2, 6, 4, 3)).astype(np.int8)
+    for flavour in openvino_flavours():
+        check_openvino(program, codes, flavour)
 
 
 @pytest.mark.parametrize("make", ENGINES)

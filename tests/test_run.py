@@ -146,14 +146,33 @@ def test_arrays_that_do_not_fit_are_refused_before_anything_runs(program, tmp_pa
     for array, message in (
         (
             np.zeros((2, 3, 8, 8), np.float32),
-            "takes batches of shape [N, 3, 6, 8], not [1, 3, 8, 8]",
+            "x.npy holds float32 [2, 3, 8, 8], but the program takes float32 [N, 3, 6, 8], normal",
         ),
-        (np.zeros((3, 6, 8), np.float32), "takes batches of shape [N, 3, 6, 8], not [1, 6, 8]"),
-        (np.zeros((2, 3, 6, 8), np.int64), "must be int8 of shape [N, 3, 6, 8], not int64"),
+        (np.zeros((2, 3, 8, 8), np.int8), "its network, or codes, int8 [N, 3, 6, 8]."),
+        (np.zeros((3, 6, 8), np.float32), "x.npy holds float32 [3, 6, 8], but the program takes"),
+        (np.zeros((2, 3, 6, 8), np.int64), "x.npy holds int64 [2, 3, 6, 8], but the program takes"),
         (np.float32(1), "holds a single number"),
     ):
         np.save(file, array)
         assert message in refused(program, file)
+
+
+def test_a_nan_is_refused_with_the_number_of_its_sample(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "SLICE", 4)
+    x = np.zeros((11, 3, 6, 8), np.float32)
+    x[9, 1, 2, 3] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    assert "holds a NaN in sample 9, at [1, 2, 3]" in refused(program, tmp_path / "x.npy")
+
+
+def test_at_most_so_many_samples_are_taken_spread_over_all(program, tmp_path, folder):
+    x = np.arange(9, dtype=np.float32).reshape(9, 1, 1, 1) * np.ones((3, 6, 8), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    got = read_inputs(program, tmp_path / "x.npy", most=3)
+    assert got.names == ("0", "4", "8")
+    assert np.array_equal(np.concatenate(list(got.slices())), x[[0, 4, 8]])
+    assert read_inputs(program, tmp_path / "x.npy", most=20).names == tuple("012345678")
+    assert read_inputs(program, folder, most=3).names == (NAMES[0], NAMES[2], NAMES[4])
 
 
 def test_a_file_that_is_no_array_or_a_pickle_is_refused(program, tmp_path):
@@ -161,8 +180,28 @@ def test_a_file_that_is_no_array_or_a_pickle_is_refused(program, tmp_path):
         (tmp_path / "x.npy").write_bytes(content)
         assert "cannot be read as an array" in refused(program, tmp_path / "x.npy")
     np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
-    assert "cannot be read as an array" in refused(program, tmp_path / "o.npy")
-    assert "cannot be read as an array" in refused(program, tmp_path / "none.npy")
+    for file in ("x.npy", "o.npy"):  # NumPy itself would recommend to load what may run code
+        message = refused(program, tmp_path / file)
+        assert "cannot be read as an array: it holds no numbers." in message
+        assert "pickle" not in message
+    assert "as an array: no such file or directory." in refused(program, tmp_path / "none.npy")
+
+
+def test_a_damaged_array_is_refused(program, tmp_path):
+    file = tmp_path / "x.npy"
+    np.save(file, np.zeros((2, 3, 6, 8), np.float32))
+    whole = file.read_bytes()
+    shape = b"(2, 3, 6, 8), "
+    for damaged in (whole[:-1], whole.replace(shape, b"(%d,)" % 10**10 + b" ")):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        assert "cannot be read as an array" in refused(program, file)
+    packed = tmp_path / "x.npz"
+    np.savez_compressed(packed, np.random.default_rng(0).normal(size=(50, 3, 6, 8)))
+    content = bytearray(packed.read_bytes())
+    content[2000:2400] = bytes(400)
+    packed.write_bytes(content)
+    assert "cannot be read as an array" in refused(program, packed)
 
 
 def test_an_archive_must_hold_one_array(program, tmp_path):
@@ -176,6 +215,7 @@ def test_images_that_cannot_be_are_refused(program, folder, tmp_path):
     assert "holds no images (" in refused(program, tmp_path / "empty")
     assert "2 numbers were given to normalise 3 channels" in refused(program, folder, mean=[0, 1])
     assert "must be positive" in refused(program, folder, std=[1, 0, 1])
+    assert "must be finite" in refused(program, folder, mean=[float("nan")])
     broken = folder / "broken.png"
     broken.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.png cannot be read as an image"):
@@ -267,6 +307,13 @@ def test_all_engines_give_the_same_outputs(path, program, folder, pixels, engine
     assert np.array_equal([p["output"] for p in json.loads(ran.out)], expected)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [-1, 0, 10**6])
+def test_no_engine_takes_an_impossible_number_of_threads(program, engine, threads):
+    with pytest.raises(ProgramError, match=f"threads is {threads}, but must be 1 to 1024"):
+        load_engine(engine, program, threads=threads)
+
+
 def test_the_command_offers_every_engine():
     assert tuple(choice.value for choice in EngineChoice) == ENGINES
 
@@ -283,6 +330,7 @@ def test_the_output_is_dequantized(program, pixels):
         (["none"], 1, "none does not exist"),
         (["x.npy"], 1, "x.npy cannot be read as an array"),
         ([".", "-o", "p.txt"], 1, "its name must end in .csv, .json or .npy"),
+        ([".", "-o", "/dev/null/p.csv"], 1, "/dev/null is a file, not a folder"),
         ([".", "--mean", "gray"], 2, "--mean takes numbers with commas between them, not 'gray'"),
         ([".", "--std", "0.5,0.5"], 1, "2 numbers were given to normalise 3 channels"),
         ([".", "--threads", "0"], 2, "--threads"),

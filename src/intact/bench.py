@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from intact import machine
+from intact.adversarial import random_codes
 from intact.arithmetic import QParams, accumulator_scale, code_range, dequantize
 from intact.engines import ENGINES, Engine, load_engine
 from intact.errors import EngineUnavailableError, IntactError
@@ -31,7 +32,10 @@ FLOAT = "float32 torch"
 """The contender that is no engine: the float network in torch."""
 
 LONGEST_CALL = 10.0
-"""Seconds; an engine that would take longer for one call is left out of that batch size."""
+"""Seconds; an engine that would take longer for one call is left out of that batch size.
+
+How long is told by the next smaller batch, or by one call with a single sample.
+"""
 
 Batch = npt.NDArray[Any]
 
@@ -111,6 +115,7 @@ def bench(
     with _torch_threads(threads):
         one = _samples(program, 1)
         runners: dict[str, Callable[[Batch], Batch]] = {}
+        per_sample: dict[str, float] = {}
         seen: dict[str, Batch] = {}
         for done, name in enumerate(names):
             tell(f"preparing {name}", done, len(names))
@@ -125,6 +130,7 @@ def bench(
             start[shown] = time.perf_counter() - before
             seen[shown] = result
             runners[shown] = engine if codes else _from_floats(program, name, threads)
+            per_sample[shown] = _took(engine, one)
         _check_equal(seen)
         if not codes:
             tell("preparing the float network", 0, 1)
@@ -132,14 +138,14 @@ def bench(
             runners[FLOAT] = _float_runner(program)
             runners[FLOAT](_floats(program, one))
             start[FLOAT] = time.perf_counter() - before
-        per_sample: dict[str, float] = {}
+            per_sample[FLOAT] = _took(runners[FLOAT], _floats(program, one))
         for batch in sorted(set(batches)):
             sample = _samples(program, batch)
             x = sample if codes else _floats(program, sample)
             calls = {}
             for name, run in runners.items():
-                expected = per_sample.get(name, 0.0) * batch
-                if expected > LONGEST_CALL:
+                expected = per_sample[name] * batch
+                if batch > 1 and expected > LONGEST_CALL:
                     missing[f"{name}, batch {batch}"] = f"a call would take about {expected:.0f} s"
                 else:
                     calls[name] = _call(run, x)
@@ -207,11 +213,9 @@ def _shown(name: str, engine: Engine) -> str:
 
 
 def _samples(program: Program, batch: int) -> Batch:
-    """Random input codes, uniform over the input's range."""
-    spec = program.tensors[program.input]
+    """Random input codes, the same for every batch of this size."""
     rng = np.random.default_rng(batch)
-    codes = rng.integers(spec.qparams.qmin, spec.qparams.qmax + 1, (batch, *spec.shape))
-    return codes.astype(spec.qparams.dtype)
+    return random_codes(program.tensors[program.input], batch, rng)
 
 
 def _floats(program: Program, codes: Batch) -> Batch:
@@ -230,6 +234,12 @@ def _float_runner(program: Program) -> Callable[[Batch], Batch]:
             return network(torch.from_numpy(x)).numpy()
 
     return run
+
+
+def _took(run: Callable[[Batch], Batch], x: Batch) -> float:
+    before = time.perf_counter()
+    run(x)
+    return time.perf_counter() - before
 
 
 def _call(run: Callable[[Batch], Batch], x: Batch) -> Callable[[], Batch]:

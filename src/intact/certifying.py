@@ -46,13 +46,14 @@ from intact.configurations import (
     float_configurations,
     select,
 )
+from intact.data import load_dataset, spread, to_input
 from intact.engines import Engine
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, IntactError, ProgramError
 from intact.ops import Add, Linear, Op, accumulates
 from intact.program import Program
 
-__all__ = ["certify", "default_inputs"]
+__all__ = ["SAMPLES", "certify", "default_inputs"]
 
 SAMPLES = 1000
 """Of each kind, if not said otherwise and if the program is small enough."""
@@ -104,6 +105,9 @@ def certify(
     tell("looking for engines", 0, 1)
     here, missing = configurations()
     names = select(engines, [*(c.name for c in here), *missing])
+    for own in also:
+        if not own.name.strip() or own.name in (*(c.name for c in here), *missing):
+            raise IntactError(f"an engine of your own cannot be called {own.name!r}: rename it.")
     chosen = [c for c in here if c.name in names] + list(also)
     floats = [c for c in float_configurations() if c.name in names]
     notes: list[str] = []
@@ -155,8 +159,6 @@ def default_inputs(program: Program) -> tuple[Codes, str]:
     """
     spec = program.tensors[program.input]
     if spec.shape == (3, 32, 32):
-        from intact.data import load_dataset, to_input
-
         images = load_dataset("digits").test_images
         return to_input(images), "scikit-learn's digits, test images"
     grid = spec.qparams
@@ -215,9 +217,7 @@ def _spread(inputs: npt.ArrayLike, samples: int) -> Codes:
     array: Codes = np.asarray(inputs)
     if not array.ndim:
         raise ProgramError("the input is a single number, not a batch of samples.")
-    if len(array) <= samples:
-        return array
-    chosen: Codes = array[np.linspace(0, len(array) - 1, samples).round().astype(np.int64)]
+    chosen: Codes = array if len(array) <= samples else array[spread(len(array), samples)]
     return chosen
 
 

@@ -9,19 +9,20 @@ import os
 import shlex
 import sys
 import tempfile
+import warnings
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from intact import __version__
-from intact.errors import DataError, IntactError
+from intact.errors import DataError, EngineWarning, IntactError
 
 if TYPE_CHECKING:
     from intact.data import Dataset
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
     from intact.training import Trained
 
 __all__ = ["main"]
+
+FORMS = {
+    "fused": "fused operators",
+    "float": "float operators on integers",
+    "qlinear": "QLinearConv or QLinearMatMul",
+    "integer": "ConvInteger or MatMulInteger",
+}
+"""How an exported layer is written, in words; `intact.export.onnx.Form` says why each is exact."""
 
 Number = TypeVar("Number", int, float)
 Tell: TypeAlias = Callable[[str, int, int], None]
@@ -146,11 +155,28 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path or a name that the terminal's encoding lacks is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
     try:
         app(prog_name="intact")
     except IntactError as error:
         _console(stderr=True).print(f"error: {error}", style="red")
         sys.exit(1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """An engine's warning is for the user; where in the source it was raised is of no use then."""
+    if issubclass(category, EngineWarning) and file is None:
+        _console(stderr=True).print(f"warning: {message}", style="yellow")
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        (file or sys.stderr).write(text)
 
 
 def _show_version(wanted: bool) -> None:
@@ -435,6 +461,8 @@ def export_command(
 
     loaded = load(program)
     path = out or program.with_suffix(f".{to.value}")
+    _check_file(path, program)
+    _make_folder(path.parent)
     export(loaded, path, flavour=flavour.value, io=io_choice.value)
     chosen = forms(loaded, flavour.value)
     risky = [op.name for op in loaded.ops if saturates(loaded, op)]
@@ -452,9 +480,9 @@ def export_command(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    counts = ", ".join(f"{count} {form}" for form, count in Counter(chosen.values()).items())
+    counts = [f"{n} as {FORMS[form]}" for form, n in Counter(chosen.values()).items()]
     console = _console()
-    console.print(f"{path}  {facts['bytes']:,} bytes; layers by form: {counts or 'none'}")
+    console.print(f"{path}  {facts['bytes']:,} bytes; layers: {', '.join(counts) or 'none'}")
     if risky:
         console.print(
             f"{_count(len(risky), 'layer')} could saturate the int8 kernels of x86 CPUs without "
@@ -550,6 +578,7 @@ def run(
 
         if out is not None:
             check_suffix(out)
+            _check_file(out, program)
         loaded = load(program)
         inputs = read_inputs(loaded, source, *normalise)
         total = len(inputs.names)
@@ -626,12 +655,16 @@ def certify(
 ) -> None:
     """Prove that every engine here gives the program's codes, in every layer.
 
-    Compares with the NumPy reference, on real data, on random codes, and on codes that put
-    accumulators on rounding boundaries and at the ends of their range. Exits with 1 if one value
-    differs (docs/certificate.md).
+    Compares with the NumPy reference: on real inputs, on random codes and on adversarial ones.
+
+    Exits with 1 if one value differs. docs/certificate.md says how to read the result.
     """
     if data is not None and source is not None:
-        raise IntactError("--data and --inputs both name the real inputs: give one of them.")
+        raise typer.BadParameter("--data and --inputs both name the real inputs: give one of them.")
+    if data is None and data_dir is not None:
+        raise typer.BadParameter("--data-dir says where the data is: give --data too.")
+    named = _names("--engines", engines)
+    path = out or program.with_name("certificate.json")
     with _progress("loading") as tell:
         from datetime import datetime, timezone
 
@@ -640,18 +673,18 @@ def certify(
         from intact.storage import load, write_atomically
 
         loaded = load(program)
-        inputs, description = _real_inputs(loaded, data, data_dir, source)
+        _check_file(path, program)
+        inputs, description = _real_inputs(loaded, data, data_dir, source, samples)
         certificate = compare(
             loaded,
             inputs,
             samples=samples,
-            engines=engines.split(",") if engines else None,
+            engines=named,
             description=description,
             seed=seed,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             progress=tell,
         )
-        path = out or program.with_name("certificate.json")
         _make_folder(path.parent)
         write_atomically(path, certificate.to_json().encode())
         page = _redraw(path.parent) if path.name == "certificate.json" else None
@@ -660,8 +693,8 @@ def certify(
     else:
         console = _console()
         console.print(_aligned(certificate_table(certificate)))
-        for name, reason in certificate.missing.items():
-            console.print(f"not here: {name}: {reason}", soft_wrap=False)
+        for reason, names in _by_reason(certificate.missing).items():
+            console.print(f"not here: {', '.join(names)}: {reason}", soft_wrap=False)
         for note in certificate.notes:
             console.print(f"note: {note}", soft_wrap=False)
         for result in certificate.floats:
@@ -709,16 +742,19 @@ def bench(
     """Measure how fast a program is on each engine here, beside its float network.
 
     Contenders take turns in short segments; medians over all rounds, with quartiles.
+
+    Exits with 1 if no engine could be measured.
     """
     batches = _numbers("--batch", batch, int)
+    named = _names("--engines", engines)
     with _progress("loading") as tell:
+        from intact.bench import FLOAT, bench_table
         from intact.bench import bench as measure
-        from intact.bench import bench_table
         from intact.storage import load
 
         result = measure(
             load(program),
-            engines=engines.split(",") if engines else None,
+            engines=named,
             batches=batches,
             threads=threads,
             codes=codes,
@@ -727,18 +763,21 @@ def bench(
         )
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
-        return
-    console = _console()
-    console.print(program, style="bold")
-    console.print(
-        f"{result.macs:,} MACs per sample; {_count(result.threads, 'thread')}; "
-        f"{'codes to codes' if codes else 'float32 to float32'}; "
-        f"{_count(rounds, 'round')}\n{result.machine['processor']}, "
-        f"{_count(int(result.machine['cores']), 'core')}\n"
-    )
-    console.print(_aligned(bench_table(result)))
-    for name, reason in result.missing.items():
-        console.print(f"not measured: {name}: {reason}", soft_wrap=False)
+    else:
+        console = _console()
+        console.print(program, style="bold")
+        console.print(
+            f"{result.macs:,} MACs per sample; {_count(result.threads, 'thread')}; "
+            f"{'codes to codes' if codes else 'float32 to float32'}; "
+            f"{_count(rounds, 'round')}\n{result.machine['processor']}, "
+            f"{_count(int(result.machine['cores']), 'core')}\n"
+        )
+        if result.measured:
+            console.print(_aligned(bench_table(result)))
+        for name, reason in result.missing.items():
+            console.print(f"not measured: {name}: {reason}", soft_wrap=False)
+    if all(m.name == FLOAT for m in result.measured):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -805,15 +844,25 @@ def _redraw(folder: Path) -> Path | None:
 
 
 def _real_inputs(
-    program: Program, data: Data | None, data_dir: Path | None, source: Path | None
+    program: Program,
+    data: Data | None,
+    data_dir: Path | None,
+    source: Path | None,
+    samples: int | None,
 ) -> tuple[Any, str]:
-    """Inputs of a program, and what they are in words; None where nothing was named."""
+    """Inputs of a program, and what they are in words; None where nothing was named.
+
+    samples  how many `certify` will take at most; None: as many as it does by default
+    """
     if source is not None:
         import numpy as np
 
+        from intact.certifying import SAMPLES
         from intact.inference import read_inputs
 
-        given = read_inputs(program, source)
+        given = read_inputs(program, source, most=samples or SAMPLES)
+        if not given.names:
+            raise DataError(f"{source} holds no samples.")
         return np.concatenate(list(given.slices())), f"{source.name}, given"
     if data is None:
         return None, ""
@@ -881,6 +930,14 @@ def _facts(program: Program) -> dict[str, Any]:
         "output": program.output,
         "ops": ops,
     }
+
+
+def _by_reason(missing: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> all that it is the reason of, in order."""
+    names: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        names.setdefault(reason, []).append(name)
+    return names
 
 
 def _span(multiplier: list[float], shift: int | None) -> str:
@@ -1013,6 +1070,16 @@ def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
         ) from None
 
 
+def _names(option: str, text: str | None) -> list[str] | None:
+    """`native, onnxruntime` as names; None where the option was left out."""
+    if text is None:
+        return None
+    names = [name for part in text.split(",") if (name := part.strip())]
+    if not names:
+        raise typer.BadParameter(f"{option} takes names with commas between them, not {text!r}.")
+    return names
+
+
 def _check_classes(program: Program, dataset: Dataset) -> None:
     outputs = math.prod(program.tensors[program.output].shape)
     if len(dataset.classes) > outputs:
@@ -1032,6 +1099,18 @@ def _check_folder(folder: Path) -> None:
         raise IntactError(f"{existing} is a file, not a folder. Choose another folder with -o.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise IntactError(f"the folder {existing} is read-only. Choose another folder with -o.")
+
+
+def _check_file(path: Path, program: Path) -> None:
+    """Raise `IntactError` unless a file can be written there that is not the program itself.
+
+    Its folder need not exist yet.
+    """
+    if path.is_dir():
+        raise IntactError(f"{path} is a folder. Name a file in it with -o.")
+    if path.exists() and program.exists() and path.samefile(program):
+        raise IntactError(f"{path} is the program. Name another file with -o.")
+    _check_folder(path.parent)
 
 
 def _make_folder(folder: Path) -> None:

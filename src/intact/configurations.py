@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,15 @@ from intact.errors import EngineUnavailableError, IntactError
 from intact.export.onnx import FLAVOURS, TRACED, Flavour, model
 from intact.program import Program
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 __all__ = [
     "Configuration",
     "FloatConfiguration",
     "compiler",
     "configurations",
+    "evaluator",
     "float_configurations",
     "select",
 ]
@@ -247,17 +251,33 @@ def _reason(ask: Callable[[], object]) -> str | None:
     return None
 
 
+def evaluator(made: ModelProto) -> Any:
+    """A model in the reference evaluator of the package `onnx`.
+
+    It has two ways to pool, and takes one where all strides and dilations are 1 that pads with NaN,
+    which no integer type has, and on the wrong sides (onnx 1.23). So it takes the other one always.
+    """
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.ops import op_max_pool
+
+    standard: Any = op_max_pool.MaxPool  # it has no types
+
+    class MaxPool(standard):  # type: ignore[misc]
+        def _run(self, x: Codes, **attributes: Any) -> Any:
+            return self._max_pool(x, **attributes)
+
+    return ReferenceEvaluator(made, new_ops=[MaxPool])
+
+
 class _Evaluator:
     """The reference evaluator of the package `onnx`: the standard, in Python, and slow."""
 
     def __init__(self, program: Program, flavour: Flavour) -> None:
-        from onnx.reference import ReferenceEvaluator
-
         self.program = program
         self._model: Any
         self._traced: Any
         self._model, self._traced = (
-            ReferenceEvaluator(model(program, flavour=flavour, io="integer", trace=trace))
+            evaluator(model(program, flavour=flavour, io="integer", trace=trace))
             for trace in (False, True)
         )
 
@@ -278,20 +298,17 @@ class _Evaluator:
 
 
 def _float_onnxruntime(level: Any, flavour: Flavour) -> Callable[[Program], FloatEngine]:
-    import onnxruntime
-
-    from intact.engines.onnxruntime import optimization_level
+    from intact.engines.onnxruntime import session
 
     def make(program: Program) -> FloatEngine:
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = optimization_level(onnxruntime, level)
-        options.log_severity_level = 3
-
-        def session(*, trace: bool) -> Any:
-            made = model(program, flavour=flavour, io="float", trace=trace).SerializeToString()
-            return onnxruntime.InferenceSession(made, options, providers=["CPUExecutionProvider"])
-
-        plain, traced = session(trace=False), session(trace=True)
+        plain, traced = (
+            session(
+                model(program, flavour=flavour, io="float", trace=trace).SerializeToString(),
+                level,
+                None,
+            )
+            for trace in (False, True)
+        )
         names = [op.name for op in program.ops]
 
         def run(x: Float32) -> tuple[Float32, dict[str, Codes]]:

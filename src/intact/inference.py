@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from intact.arithmetic import dequantize
-from intact.data import to_input
+from intact.data import spread, to_input
 from intact.data.folder import find_images, read_images
 from intact.engines import Engine
 from intact.errors import DataError
@@ -28,6 +30,8 @@ SLICE = 256
 """Samples that are decoded and run at a time: memory does not grow with the number of images."""
 SUFFIXES = (".csv", ".json", ".npy")
 """Of files that predictions can be written to."""
+DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What reading a .npz file raises that is damaged or packed in an unknown way."""
 
 Array = npt.NDArray[Any]
 
@@ -117,26 +121,24 @@ def read_inputs(
     source: Path,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.5,),
+    most: int | None = None,
 ) -> Inputs:
     """The samples of a folder of images, of one image, or of a .npy or .npz file.
 
     mean, std  how pixels are normalised, as the network was trained; see `data.to_input`. Arrays
                are taken as they are
+    most       take at most so many of the samples, spread over all; None: all of them
 
     Images are resized to the program's input, which must then be `[3, H, W]`. An array is
-    `[N, *input shape]`: floats, or codes of the input's own type. What does not fit raises
-    `DataError` or `ProgramError`.
+    `[N, *input shape]`: floats without NaN, or codes of the input's own type. What does not fit
+    raises `DataError` or `ProgramError`.
     """
-    if source.suffix in {".npy", ".npz"}:
+    if source.suffix.lower() in {".npy", ".npz"}:
         array = _read_array(source)
-        # What the program refuses it refuses here, not after a thousand samples.
-        if array.dtype.kind == "f":
-            program.quantize_input(array[:1])
-        else:
-            program.check_codes(array)
-        starts = range(0, len(array), SLICE)
-        names = tuple(map(str, range(len(array))))
-        return Inputs(names, lambda: (array[i : i + SLICE] for i in starts))
+        _check_array(program, array, source)
+        chosen = spread(len(array), most)
+        slices = [chosen[i : i + SLICE] for i in range(0, len(chosen), SLICE)]
+        return Inputs(tuple(map(str, chosen)), lambda: (array[part] for part in slices))
     shape = program.tensors[program.input].shape
     if len(shape) != 3 or shape[0] != 3:
         raise DataError(
@@ -148,17 +150,17 @@ def read_inputs(
             raise DataError(
                 f"{len(values)} numbers were given to normalise 3 channels: give 1 or 3."
             )
+        if not all(map(math.isfinite, values)):
+            raise DataError("the numbers to normalise with must be finite.")
     if min(std) <= 0:
         raise DataError("the standard deviations of the channels must be positive.")
-    if source.is_dir():
-        files = find_images(source)
-        names = tuple(path.relative_to(source).as_posix() for path in files)
-    elif source.is_file():
-        files, names = [source], (source.name,)
-    else:
+    if not source.exists():
         raise DataError(
             f"{source} does not exist. Name a folder of images, an image, or a .npy or .npz file."
         )
+    root, files = (source, find_images(source)) if source.is_dir() else (source.parent, [source])
+    files = [files[i] for i in spread(len(files), most)]
+    names = tuple(path.relative_to(root).as_posix() for path in files)
     return Inputs(
         names,
         lambda: (
@@ -178,15 +180,46 @@ def _read_array(path: Path) -> Array:
             elif len(content.files) == 1:
                 array = content[content.files[0]]
             else:
+                names = f" ({', '.join(content.files[:5])})" if content.files else ""
                 raise DataError(
-                    f"{path} holds {len(content.files)} arrays ({', '.join(content.files[:5])}): "
-                    "give a file with one."
+                    f"{path} holds {len(content.files)} arrays{names}: give a file with one."
                 )
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as an array: {error}.") from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower().rstrip(".")
+        raise DataError(f"{path} cannot be read as an array: {reason}. Check the path.") from error
+    except (ValueError, EOFError, MemoryError, *DAMAGED) as error:
+        # NumPy takes whatever it does not know for a pickle, and recommends to load that.
+        reason = "it holds no numbers" if "allow_pickle" in str(error) else str(error).rstrip(".")
+        raise DataError(
+            f"{path} cannot be read as an array: {reason}. Write it with numpy.save."
+        ) from error
     if not array.ndim:
         raise DataError(f"{path} holds a single number, not a batch of samples.")
     return array
+
+
+def _check_array(program: Program, array: Array, path: Path) -> None:
+    """Refuse what the program would refuse, before a thousand samples have been run."""
+    spec = program.tensors[program.input]
+    floats, own = array.dtype.kind == "f", array.dtype == spec.qparams.dtype
+    if array.shape[1:] != spec.shape or not (floats or own):
+        wanted = f"[N, {', '.join(map(str, spec.shape))}]"
+        raise DataError(
+            f"{path} holds {array.dtype.name} {list(array.shape)}, but the program takes float32 "
+            f"{wanted}, normalised as in the training of its network, or codes, "
+            f"{spec.qparams.dtype.name} {wanted}."
+        )
+    if own:
+        program.check_codes(array)
+        return
+    for start in range(0, len(array), SLICE):
+        nan = np.isnan(array[start : start + SLICE])
+        if nan.any():
+            sample, *index = (int(i) for i in np.argwhere(nan)[0])
+            raise DataError(
+                f"{path} holds a NaN in sample {start + sample}, at {index}; a NaN has no code. "
+                "Look for a division by zero or an overflow in whatever produced it."
+            )
 
 
 def infer(

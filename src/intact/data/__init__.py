@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from intact.errors import DataError
 
-__all__ = ["DATASETS", "Dataset", "batches", "load_dataset", "to_input"]
+__all__ = ["DATASETS", "Dataset", "batches", "load_dataset", "spread", "to_input"]
 
 DATASETS = ("digits", "cifar10", "folder")
 
@@ -115,6 +115,14 @@ def batches(
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         yield to_input(images[part]), labels[part]
+
+
+def spread(count: int, most: int | None) -> npt.NDArray[np.int64]:
+    """At most `most` of the positions 0 to `count - 1`, evenly over all of them; None: all."""
+    if most is None or count <= most:
+        return np.arange(count)
+    positions: npt.NDArray[np.int64] = np.linspace(0, count - 1, most).round().astype(np.int64)
+    return positions
 
 
 def load_dataset(name: str, data_dir: str | PathLike[str] | None = None) -> Dataset:

@@ -19,9 +19,11 @@ from intact.errors import EngineUnavailableError, EngineWarning, ProgramError
 if TYPE_CHECKING:
     from intact.program import Program
 
-__all__ = ["ENGINES", "CodesHook", "Engine", "load_engine"]
+__all__ = ["ENGINES", "MAX_THREADS", "CodesHook", "Engine", "check_threads", "load_engine"]
 
 ENGINES = ("auto", "native", "reference", "torch", "onnxruntime", "openvino")
+
+MAX_THREADS = 1024
 
 CodesHook: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
 """Called as `hook(tensor name, codes [N, ...])` for the input and every op's result."""
@@ -48,6 +50,7 @@ def load_engine(name: str, program: Program, threads: int | None = None) -> Engi
     """
     if name not in ENGINES:
         raise ProgramError(f"there is no engine {name!r}; choose one of {', '.join(ENGINES)}.")
+    check_threads(threads)
     if name == "auto":
         return _fastest(program, threads)
     if name == "native":
@@ -74,6 +77,12 @@ def load_engine(name: str, program: Program, threads: int | None = None) -> Engi
             "or use engine='reference', which gives the same bits."
         ) from error
     return TorchEngine(program)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise `ProgramError` for a number of threads that no engine can have."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ProgramError(f"threads is {threads!r}, but must be 1 to {MAX_THREADS}, or None.")
 
 
 _told: set[str] = set()

@@ -15,7 +15,14 @@ from intact.errors import EngineUnavailableError, ProgramError
 from intact.export.onnx import TRACED, Flavour, model, saturates, saturation_probe
 from intact.program import Program
 
-__all__ = ["LEVELS", "Level", "OnnxRuntimeEngine", "kernels_saturate", "optimization_level"]
+__all__ = [
+    "LEVELS",
+    "Level",
+    "OnnxRuntimeEngine",
+    "kernels_saturate",
+    "optimization_level",
+    "session",
+]
 
 Level: TypeAlias = Literal["all", "extended", "basic", "disabled"]
 """How much ONNX Runtime may rewrite the graph."""
@@ -48,7 +55,7 @@ class OnnxRuntimeEngine:
         Raises `EngineUnavailableError` where a package is missing, or where such kernels could
         saturate and another flavour than "integer" was asked for.
         """
-        self._runtime = _import()
+        _import()
         if level not in LEVELS:
             raise ProgramError(f"there is no level {level!r}; choose one of {', '.join(LEVELS)}.")
         risky = any(saturates(program, op) for op in program.ops) and kernels_saturate()
@@ -69,20 +76,7 @@ class OnnxRuntimeEngine:
 
     def _load(self, *, trace: bool) -> Any:
         made = model(self.program, flavour=self.flavour, io="integer", trace=trace)
-        options = self._runtime.SessionOptions()
-        options.graph_optimization_level = optimization_level(self._runtime, self.level)
-        options.log_severity_level = 3  # errors only: a warning per shape helps nobody
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        try:
-            return self._runtime.InferenceSession(
-                made.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # old ones lack kernels; its errors have no type in common
-            reason = str(error).strip().splitlines()[-1:]
-            raise EngineUnavailableError(
-                f"ONNX Runtime cannot load the program on this machine: {' '.join(reason)}"
-            ) from error
+        return session(made.SerializeToString(), self.level, self._threads)
 
     def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
         """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
@@ -121,6 +115,23 @@ def _import() -> Any:
     return onnxruntime
 
 
+def session(data: bytes, level: Level, threads: int | None) -> Any:
+    """An inference session of a model, on the CPU."""
+    runtime = _import()
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = optimization_level(runtime, level)
+    options.log_severity_level = 3  # errors only: a warning per shape helps nobody
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return runtime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # old ones lack kernels; its errors have no type in common
+        reason = str(error).strip().splitlines()[-1:]
+        raise EngineUnavailableError(
+            f"ONNX Runtime cannot load the program on this machine: {' '.join(reason)}"
+        ) from error
+
+
 def optimization_level(runtime: Any, level: Level) -> Any:
     """The package's own constant for a level; `runtime` is the package."""
     levels = runtime.GraphOptimizationLevel
@@ -140,13 +151,8 @@ def optimization_level(runtime: Any, level: Level) -> Any:
 @cache
 def kernels_saturate() -> bool:
     """Whether ONNX Runtime's kernels for uint8 times int8 saturate on this CPU: it is asked."""
-    runtime = _import()
+    _import()
     program, codes, expected = saturation_probe()
     made = model(program, flavour="qoperator", io="integer")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = runtime.InferenceSession(
-        made.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    got = session.run(None, {program.input: codes})[0]
+    got = session(made.SerializeToString(), "all", 1).run(None, {program.input: codes})[0]
     return not np.array_equal(got, expected)

@@ -36,6 +36,7 @@ from intact.ops import (
     Permute,
     Requantize,
     Reshape,
+    Shape,
     accumulates,
 )
 from intact.program import Array, Program
@@ -690,9 +691,23 @@ class _Graph:
                 shape = self.constant(f"{name}/shape", [0, *op.shape], np.int64)
                 self.node("Reshape", [*inputs, shape], name, output)
             case Permute():
-                self.node("Transpose", inputs, name, output, perm=[0, *(a + 1 for a in op.axes)])
+                # Under another shape. Otherwise OpenVINO moves it behind the subtraction of the
+                # zero point, and crashes where a grouped convolution follows.
+                before = self.constant(
+                    f"{name}/deeper", [0, *self.shape(op.inputs[0]), 1], np.int64
+                )
+                after = self.constant(f"{name}/shape", [0, *self.shape(name)], np.int64)
+                deep = self.node("Reshape", [*inputs, before], f"{name}/apart")
+                perm = [0, *(a + 1 for a in op.axes), len(op.axes) + 1]
+                turned = _take(f"{name}/turned", self.value_names)
+                self.node("Transpose", [deep], name, turned, perm=perm)
+                self.node("Reshape", [turned, after], f"{name}/back", output)
             case _:
                 assert_never(op)
+
+    def shape(self, tensor: str) -> Shape:
+        """Of a sample."""
+        return self.program.tensors[tensor].shape
 
     def layer(self, op: Conv2d | Linear | AvgPool2d | GlobalAvgPool) -> _Layer:
         source, target = (self.inner.tensors[name] for name in (op.inputs[0], op.name))

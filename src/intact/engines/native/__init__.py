@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from intact.arithmetic import dequantize
-from intact.engines import CodesHook, empty_batch, load_engine
+from intact.engines import MAX_THREADS, CodesHook, check_threads, empty_batch, load_engine
 from intact.engines.native import build
 from intact.engines.native.build import NO_COMPILER, CompileError, Compiler, find_compiler
 from intact.engines.native.cache import Cache, key_of, open_cache, temporary_cache
@@ -36,7 +36,6 @@ __all__ = ["NativeEngine", "isas"]
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
-MAX_THREADS = 1024
 SEAL_MACS = 2**26
 """About the multiply-accumulates of the reference engine's part of a first check: 0.1 s."""
 SEAL_SAMPLES = 16
@@ -313,6 +312,5 @@ def _threads(threads: int | None) -> int:
         if hasattr(os, "sched_getaffinity"):
             return min(MAX_THREADS, len(os.sched_getaffinity(0)))
         return min(MAX_THREADS, os.cpu_count() or 1)
-    if not 1 <= threads <= MAX_THREADS:
-        raise ProgramError(f"threads is {threads!r}, but must be 1 to {MAX_THREADS}, or None.")
+    check_threads(threads)
     return threads
