@@ -65,6 +65,7 @@ def clock(monkeypatch) -> Clock:
 def test_a_timing_is_the_median_and_the_quartiles():
     assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Timing(3.0, 2.0, 4.0, 5)
     assert Timing.of([7.0]) == Timing(7.0, 7.0, 7.0, 1)
+    assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0]).spread == (4.0 - 2.0) / 3.0
 
 
 def test_calls_are_timed_one_by_one_whatever_the_others_take(clock):
@@ -302,7 +303,7 @@ def test_the_table_has_a_line_per_engine_the_fastest_first(program, path):
     assert "4,608 MACs per sample; 1 thread; float32 to float32; 3 rounds" in lines[1]
     table = lines[lines.index("") + 1 :]
     assert table[0].split("  ")[0] == "engine"
-    assert [h for h in ("batch 1", "batch 4", "quartiles", "per second") if h not in table[0]] == []
+    assert [h for h in ("batch 1", "batch 4", "IQR", "per second") if h not in table[0]] == []
     assert {line.split()[0] for line in table[1:]} == {"reference", "torch", FLOAT.split()[0]}
     assert ran.err == ""
 

@@ -673,15 +673,18 @@ def test_what_is_no_json_is_refused():
         Certificate.from_json("<html>")
 
 
-def test_the_table_has_a_row_per_engine_and_says_what_differs(everything, failing):
-    heading, *rows = certificate_table(everything)
-    assert heading == ("engine", "settings", *KINDS, "different")
-    assert [row[0] for row in rows] == list(everything.families())
-    assert sum(int(row[1]) for row in rows) == len(everything.engines)
-    assert {row[-1] for row in rows} == {"0"}
-    cells = {row[0]: row for row in certificate_table(failing)[1:]}
-    assert " of " in cells["broken"][2]
-    assert cells["broken"][-1] == f"{result(failing, 'broken').different:,}"
+def test_the_table_has_a_column_per_engine_and_says_what_differs(everything, failing):
+    heading, settings, *kinds, different = certificate_table(everything)
+    assert heading == ("", *everything.families())
+    assert settings[0] == "settings"
+    assert sum(map(int, settings[1:])) == len(everything.engines)
+    assert [row[0] for row in kinds] == list(KINDS)
+    assert different[0] == "different"
+    assert set(different[1:]) == {"0"}
+    columns = {column[0]: column for column in zip(*certificate_table(failing), strict=True)}
+    assert " of " in columns["broken"][2]
+    assert columns["broken"][-1] == f"{result(failing, 'broken').different:,}"
+    assert columns["odd"][-1] == "failed"
 
 
 def test_a_notebook_shows_the_result_and_escapes_names(failing):

@@ -272,15 +272,15 @@ def _torch_threads(threads: int) -> Iterator[None]:
 def bench_table(result: Bench) -> list[tuple[str, ...]]:
     """The measurements as rows of text, the heading first.
 
-    Per contender: seconds to get ready, and per batch size the median time of a call, its quartiles
-    and, for more than one sample, samples per second; "" for what was not measured. The fastest
-    engine of the largest batch comes first.
+    Per contender: seconds to get ready, and per batch size the median time of a call, the
+    interquartile range in percent of it and, for more than one sample, samples per second; "" for
+    what was not measured. The fastest engine of the largest batch comes first.
     """
     batches = sorted({m.batch for m in result.measured})
     found = {(m.name, m.batch): m for m in result.measured}
     heading = ["engine", "ready in"]
     for batch in batches:
-        heading += [f"batch {batch}", "quartiles", *(["per second"] if batch > 1 else [])]
+        heading += [f"batch {batch}", "IQR", *(["per second"] if batch > 1 else [])]
     rows = []
     for name in sorted(result.start, key=lambda name: _slowness(found, name, batches)):
         row = [name, seconds(result.start[name])]
@@ -292,8 +292,8 @@ def bench_table(result: Bench) -> list[tuple[str, ...]]:
 
 
 def _cells(m: Measured) -> list[str]:
-    quartiles = f"{seconds(m.call.low)} – {seconds(m.call.high)}"
-    return [seconds(m.call.median), quartiles, *([f"{m.throughput:,.0f}"] if m.batch > 1 else [])]
+    spread = f"{100 * m.call.spread:.0f} %"
+    return [seconds(m.call.median), spread, *([f"{m.throughput:,.0f}"] if m.batch > 1 else [])]
 
 
 def _slowness(

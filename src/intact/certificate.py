@@ -353,20 +353,24 @@ class Certificate:
 
 
 def certificate_table(certificate: Certificate) -> list[tuple[str, ...]]:
-    """Engines as rows of text, all settings of one together, the heading first.
+    """A column of text per engine, all settings of one together; the heading first.
 
-    Per engine: how many settings, values compared by kind of input, and how many were different.
+    Rows: how many settings, values compared by kind of input, and how many were different.
     """
-    kinds = [inputs.kind for inputs in certificate.inputs]
-    rows: list[tuple[str, ...]] = [("engine", "settings", *kinds, "different")]
-    for name, runs in certificate.families().items():
+    families = certificate.families()
+    rows: list[tuple[str, ...]] = [("", *families)]
+    rows.append(("settings", *(str(len(runs)) for runs in families.values())))
+    for inputs in certificate.inputs:
         cells = []
-        for kind in kinds:
-            compared, different = together(run.of_kind(kind) for run in runs)
+        for runs in families.values():
+            compared, different = together(run.of_kind(inputs.kind) for run in runs)
             cells.append(f"{different:,} of {compared:,}" if different else f"{compared:,}")
-        different = sum(run.different for run in runs)
+        rows.append((inputs.kind, *cells))
+    ends = []
+    for runs in families.values():
         failed = any(run.failure for run in runs)
-        rows.append((name, str(len(runs)), *cells, "failed" if failed else f"{different:,}"))
+        ends.append("failed" if failed else f"{sum(run.different for run in runs):,}")
+    rows.append(("different", *ends))
     return rows
 
 

@@ -692,7 +692,7 @@ def certify(
         typer.echo(certificate.to_json(), nl=False)
     else:
         console = _console()
-        console.print(_aligned(certificate_table(certificate)))
+        console.print(_aligned(certificate_table(certificate), left=1))
         for reason, names in _by_reason(certificate.missing).items():
             console.print(f"not here: {', '.join(names)}: {reason}", soft_wrap=False)
         for note in certificate.notes:
@@ -741,7 +741,7 @@ def bench(
 ) -> None:
     """Measure how fast a program is on each engine here, beside its float network.
 
-    Contenders take turns in short segments; medians over all rounds, with quartiles.
+    Contenders take turns in short segments; medians over all rounds, and their interquartile range.
 
     Exits with 1 if no engine could be measured.
     """
@@ -773,7 +773,7 @@ def bench(
             f"{_count(int(result.machine['cores']), 'core')}\n"
         )
         if result.measured:
-            console.print(_aligned(bench_table(result)))
+            console.print(_aligned(bench_table(result), left=1))
         for name, reason in result.missing.items():
             console.print(f"not measured: {name}: {reason}", soft_wrap=False)
     if all(m.name == FLOAT for m in result.measured):
@@ -962,13 +962,19 @@ def _codes(tensor: dict[str, Any]) -> str:
     return str(tensor["type"]) if full else f"{tensor['type']} {low}…{high}"
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    """Columns of text, as wide as they need: a value that is cut off would be of no use."""
+def _aligned(rows: list[tuple[str, ...]], left: int = 2) -> str:
+    """Columns of text, as wide as they need: a value that is cut off would be of no use.
+
+    left  how many columns, from the first on, hold words; those behind hold numbers
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, second, *rest in rows:
-        cells = [c.rjust(w) for c, w in zip(rest, widths[2:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), second.ljust(widths[1]), *cells]).rstrip())
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 

@@ -28,6 +28,11 @@ class Timing:
     high: float
     rounds: int
 
+    @property
+    def spread(self) -> float:
+        """The interquartile range as a fraction of the median."""
+        return (self.high - self.low) / self.median
+
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
         """The summary of one figure per round; at least one."""
