@@ -156,14 +156,14 @@ def test_another_version_of_the_compiler_gets_builds_of_its_own(home):
 
 
 def test_without_a_compiler_native_says_how_to_get_one(home, no_compiler):
-    with pytest.raises(EngineUnavailableError, match=r"pip install intact\[native\]"):
+    with pytest.raises(EngineUnavailableError, match=r"pip install 'intact\[native\]'"):
         NativeEngine(PROGRAM)
     assert set(isas()) == set(ISAS)
     assert all("no C compiler" in reason for reason in isas().values())
 
 
 def test_without_a_compiler_auto_says_so_once_and_runs(home, no_compiler, untold):
-    with pytest.warns(EngineWarning, match=r"slower than native.*pip install intact\[native\]"):
+    with pytest.warns(EngineWarning, match=r"slower than native.*pip install 'intact\[native\]'"):
         assert np.array_equal(example().codes(CODES), EXPECTED)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -456,7 +456,7 @@ def export_command(
     """Write a program as an ONNX file that computes the same integers (docs/onnx.md)."""
     from collections import Counter
 
-    from intact.export.onnx import export, forms, saturates
+    from intact.export.onnx import export, forms, saturating
     from intact.storage import load
 
     loaded = load(program)
@@ -465,9 +465,7 @@ def export_command(
     _make_folder(path.parent)
     export(loaded, path, flavour=flavour.value, io=io_choice.value)
     chosen = forms(loaded, flavour.value)
-    risky = [op.name for op in loaded.ops if saturates(loaded, op)]
-    if flavour is FlavourChoice.integer:
-        risky = []
+    risky = saturating(loaded, flavour.value)
     facts = {
         "path": str(path),
         "bytes": path.stat().st_size,

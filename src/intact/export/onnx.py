@@ -56,6 +56,7 @@ __all__ = [
     "forms",
     "model",
     "saturates",
+    "saturating",
     "saturation_probe",
 ]
 
@@ -171,6 +172,17 @@ def saturates(program: Program, op: Op) -> bool:
     highest = np.maximum(ordered[:, -2:], 0).sum(axis=1, dtype=np.int64).max()
     lowest = np.minimum(ordered[:, :2], 0).sum(axis=1, dtype=np.int64).min()
     return bool(max(highest, -lowest) > MAX_PAIR)
+
+
+def saturating(program: Program, flavour: Flavour = "qdq") -> tuple[str, ...]:
+    """Ops that are written so that an int8 kernel of x86 without VNNI could saturate on them."""
+    return tuple(
+        name
+        for name, form in forms(program, flavour).items()
+        # The integer form stores weights as uint8, but where QLinearConv stands beside it.
+        if (form != "integer" or flavour == "qoperator")
+        and any(op.name == name and saturates(program, op) for op in program.ops)
+    )
 
 
 def saturation_probe() -> tuple[Program, Array, Array]:
@@ -588,10 +600,13 @@ class _Graph:
             for name, tensor in program.tensors.items()
         }
         layers: dict[str, dict[str, Any]] = {}
+        risky = saturating(program, self.flavour)
         for op in program.ops:
             if op.name in self.forms:
-                risky = self.flavour != "integer" and saturates(program, op)
-                layers[op.name] = {"form": self.forms[op.name], "saturates_without_vnni": risky}
+                layers[op.name] = {
+                    "form": self.forms[op.name],
+                    "saturates_without_vnni": op.name in risky,
+                }
                 scales = program.parameters.get(f"{op.name}.weight_scale")
                 if scales is not None:
                     layers[op.name]["weight_scale"] = scales.tolist()

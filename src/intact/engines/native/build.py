@@ -43,7 +43,7 @@ ERROR_LINES = 12
 
 NO_COMPILER = (
     "programs are compiled here, and there is no C compiler: none of $CC, cc, gcc, clang and zig "
-    "works. `pip install intact[native]` brings one."
+    "works. `pip install 'intact[native]'` brings one."
 )
 
 SHARED = ("-shared", "-fPIC", "-fvisibility=hidden")
