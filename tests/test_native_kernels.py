@@ -42,7 +42,7 @@ from strategies import Builder, example
 
 UINT8 = QParams((1.0,), 0, 0, 255, 8, False)
 INT8 = QParams((1.0,), 4, -128, 127, 8, True)
-KERNELS = ("portable", "avx512vnni")
+KERNELS = ("portable", "avx2", "avx512vnni")
 """Those with a generator of their own that run without AMX; test_native_amx.py has the third."""
 
 
@@ -387,7 +387,8 @@ def test_broken_kernels_are_noticed(isa, tmp_path):
     def rounding(source: str) -> str:
         if isa == "portable":
             return source.replace("(p + 12582912.0f) - 12582912.0f", "p")
-        return source.replace("_mm512_cvtps_epi32(", "_mm512_cvttps_epi32(")
+        width = 256 if isa == "avx2" else 512
+        return source.replace(f"_mm{width}_cvtps_epi32(", f"_mm{width}_cvttps_epi32(")
 
     def border(source: str) -> str:
         return source.replace("memset(x - ", "if (0) memset(x - ").replace(

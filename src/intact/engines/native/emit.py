@@ -174,11 +174,16 @@ class Emitter:
 def emitters() -> dict[str, type[Emitter]]:
     """All instruction sets for which code can be generated."""
     from intact.engines.native.emit_amx import Amx
+    from intact.engines.native.emit_avx2 import Avx2
     from intact.engines.native.emit_avx512 import Avx512Vnni
 
-    # Compilers vectorise the portable kernels well for those two, and exactly.
-    vectorised = {"avx512": Emitter, "avx2": Emitter}
-    return {"amx": Amx, "avx512vnni": Avx512Vnni, **vectorised, "portable": Emitter}
+    return {
+        "amx": Amx,
+        "avx512vnni": Avx512Vnni,
+        "avx512": Avx2,  # whose other kernels the compiler vectorises for wider vectors
+        "avx2": Avx2,
+        "portable": Emitter,
+    }
 
 
 def generate(program: Program, isa: str, *, fuse: bool = True) -> Generated:
@@ -545,7 +550,7 @@ class _File:
         body += [f"sum = sum{p} > sum ? sum{p} : sum;" for p in range(1, len(positions))]
         body.append(f"uint8_t code = requantize(sum, {m}[o], {bounds(step.requantization)});")
         if step.addend is not None:
-            body.append(self._add(step, "code", "with[o]"))
+            body.append(added(step, "code", "with[o]"))
         body.append("out[o] = code;")
         if step.groups > 1:
             channel = loop("i", group, "\n".join((f"const int o = g * {group} + i;", *body)))
@@ -572,19 +577,6 @@ class _File:
     def _positions(self, step: MatMul, body: str) -> str:
         height, width = step.out[0] // step.pool[0], step.out[1] // step.pool[1]
         return loop("y", height, loop("x_", width, body))
-
-    def _add(self, step: MatMul, code: str, other: str) -> str:
-        """`clamp((a - z) + (b - z) + z)` on stored codes.  arithmetic.md, section 4."""
-        low, high = step.sum_range
-        rule = step.addend_rule
-        if rule is not None and step.addend is not None:
-            m = f"{float(rule.multiplier[0]).hex()}f"
-            other = f"requantize({other} - {step.addend.zero}, {m}, {bounds(rule)})"
-        return (
-            f"int32_t total = (int32_t){code} + {other} - {step.target.zero};\n"
-            f"total = total > {low} ? total : {low};\n"
-            f"{code} = (uint8_t)(total < {high} ? total : {high});"
-        )
 
     def _depthwise(self, step: MatMul, name: str) -> str:
         channels, kh, kw, _ = step.weight.shape
@@ -703,6 +695,20 @@ def matmul_text(step: MatMul) -> str:
     if step.dilation != (1, 1):
         text += f", dilation {step.dilation[0]}x{step.dilation[1]}"
     return text + (f", {step.groups} groups" if step.groups > 1 else "")
+
+
+def added(step: MatMul, code: str, other: str) -> str:
+    """`clamp((a - z) + (b - z) + z)` on stored codes.  arithmetic.md, section 4."""
+    low, high = step.sum_range
+    rule = step.addend_rule
+    if rule is not None and step.addend is not None:
+        m = f"{float(rule.multiplier[0]).hex()}f"
+        other = f"requantize({other} - {step.addend.zero}, {m}, {bounds(rule)})"
+    return (
+        f"int32_t total = (int32_t){code} + {other} - {step.target.zero};\n"
+        f"total = total > {low} ? total : {low};\n"
+        f"{code} = (uint8_t)(total < {high} ? total : {high});"
+    )
 
 
 def over_elements(step: Elementwise, statement: str) -> str:
