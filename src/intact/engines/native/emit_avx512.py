@@ -188,7 +188,7 @@ class Avx512Vnni(Emitter):
             to += f" + y % {place.row_phases} * {place.row_phase}"
         held, rest = divmod(place.width, LANES * place.phases)
         in_registers = place.phases <= 2 and not rest and held <= MOST_HELD
-        pixels = _HeldPixels(place, held) if in_registers else _StoredPixels(place, plane)
+        pixels = _HeldPixels(place, held) if in_registers else _StoredPixels(place, vectors)
         lines = []
         names: list[int | str] = [*range(vectors)] if in_registers else ["v"]
         for v, phase, d in itertools.product(names, range(place.phases), range(place.windows)):
@@ -205,7 +205,7 @@ class Avx512Vnni(Emitter):
             joined = functools.reduce(lambda a, b: f"_mm512_or_si512({a},\n    {b})", parts)
             at = f"line + {phase * place.phase + d * plane} + {v} * 64"
             lines.append(f"_mm512_storeu_si512({at},\n    {joined});")
-        return pixels.body(f"uint8_t *const line = x + {to};", "\n".join(lines), vectors)
+        return pixels.body(f"uint8_t *const line = x + {to};", "\n".join(lines))
 
     def matmul(self, step: MatMul, name: str) -> str | None:
         """A convolution or linear layer."""
@@ -241,9 +241,8 @@ class _HeldPixels:
         self.moved[name] = f"_mm512_alignr_epi32({behind}, {here}, {move})"
         return name
 
-    def body(self, line: str, stores: str, vectors: int) -> str:
+    def body(self, line: str, stores: str) -> str:
         """The loop over rows."""
-        del vectors
         place = self.place
         plane = place.height * place.width
         flip = "0x808080" if place.signed else ""
@@ -264,11 +263,9 @@ class _HeldPixels:
 class _StoredPixels:
     """The pixels of all rows in memory, a dword each, by phase."""
 
-    def __init__(self, place: Place, plane: int) -> None:
+    def __init__(self, place: Place, vectors: int) -> None:
         self.place = place
-        self.columns = max(plane // 4, -(-place.width // place.phases))
-        if place.row_phases:
-            self.columns = -(-place.width // (place.phases * LANES)) * LANES
+        self.vectors = vectors
         self.reach = 0
 
     def vector(self, phase: int, v: int | str, move: int) -> str:
@@ -276,7 +273,7 @@ class _StoredPixels:
         self.reach = max(self.reach, move)
         return f"LOAD(pixels[y][{phase}] + {v} * {LANES} + {move})"
 
-    def body(self, line: str, stores: str, vectors: int) -> str:
+    def body(self, line: str, stores: str) -> str:
         """The loop that stores pixels, and the one that makes windows of them."""
         place = self.place
         if place.width % LANES == 0 and place.phases <= 2:
@@ -290,9 +287,10 @@ class _StoredPixels:
             byte = loop("c", 3, f"{pixel} |= (uint32_t)({at}{flip}) << 8 * c;")
             text = loop("x0", place.width, f"{pixel} = 0;\n{byte}")
         # What lies behind the last column ends in lanes that are never stored.
-        room = self.columns + -(-self.reach // LANES) * LANES
+        columns = -(-place.width // (place.phases * LANES)) * LANES
+        room = columns + -(-self.reach // LANES) * LANES
         first = loop("y", place.height, text)
-        second = loop("y", place.height, f"{line}\n{loop('v', vectors, stores)}")
+        second = loop("y", place.height, f"{line}\n{loop('v', self.vectors, stores)}")
         return f"uint32_t pixels[{place.height}][{place.phases}][{room}];\n{first}\n{second}"
 
 
@@ -598,12 +596,11 @@ class _ChannelLanes:
             inner = [f"V codes = packed({', '.join(values)}, {rule.zero});"]
             if (rule.low, rule.high) != (0, 255):
                 inner.append(f"codes = clamped(codes, {rule.low}, {rule.high});")
-            sizes = [(i * pixel + v * LANES, self._size(vectors, v, valid)) for i, v, _ in four]
+            sizes = [(i * pixel + v * LANES, self._size(v, valid)) for i, v, _ in four]
             pieces = list(_pieces(sizes))
             if step.addend is not None:
                 with_ = [
-                    (i * step.addend.pixel + v * LANES, self._size(vectors, v, valid))
-                    for i, v, _ in four
+                    (i * step.addend.pixel + v * LANES, self._size(v, valid)) for i, v, _ in four
                 ]
                 inner.append(gather_pieces("other", "e", list(_pieces(with_))))
                 if step.addend_rule is not None:
@@ -621,9 +618,8 @@ class _ChannelLanes:
             lines.append("}")
         return "\n".join(lines)
 
-    def _size(self, vectors: int, v: int, valid: int) -> int:
+    def _size(self, v: int, valid: int) -> int:
         """Channels of a vector that exist."""
-        del vectors
         return min(LANES, valid - v * LANES) if valid else LANES
 
 
