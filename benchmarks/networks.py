@@ -15,7 +15,7 @@ from intact.data import load_dataset, to_input
 from intact.errors import DataError
 from intact.network import Network
 from intact.program import Program
-from intact.zoo import ResNet20, load_lenet, read_resnet20
+from intact.zoo import ResNet20, load_lenet, read_network
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,7 +61,7 @@ def subject(name: str, weights: Path | None = None) -> Subject:
     if name == "lenet":
         model: nn.Module = load_lenet("cifar10", "last")
     elif weights is not None:
-        model = read_resnet20(weights)
+        model = read_network("resnet20", weights)
     else:
         model = _random_resnet20(batch)
     trained = name == "lenet" or weights is not None

@@ -17,8 +17,8 @@ import intact
 from intact.data import Dataset, load_dataset, to_input
 from intact.errors import DataError, StorageError
 from intact.ops import Add, Conv2d, GlobalAvgPool, Linear, Requantize, Reshape
-from intact.training import predict, resnet20_schedule, train_resnet20
-from intact.zoo import ResNet20, read_resnet20
+from intact.training import network_schedule, predict, train_network
+from intact.zoo import ResNet20, read_network
 
 
 def model(seed: int = 0) -> ResNet20:
@@ -120,19 +120,19 @@ def few() -> Dataset:
 
 
 def test_the_schedule_suits_the_data():
-    cifar10 = resnet20_schedule("cifar10")
+    cifar10 = network_schedule("resnet20", "cifar10")
     assert (cifar10.momentum, cifar10.nesterov, cifar10.weight_decay) == (0.9, True, 5e-4)
     assert (cifar10.batch_size, cifar10.crop, cifar10.flip, cifar10.average) == (128, 4, True, 0)
     assert cifar10.anneal
-    assert resnet20_schedule("digits", 5) == replace(cifar10, epochs=5, flip=False)
+    assert network_schedule("resnet20", "digits", 5) == replace(cifar10, epochs=5, flip=False)
 
 
 def test_training_writes_a_file_that_is_read_again(few, tmp_path):
     out = tmp_path / "resnet20.safetensors"
-    schedule = replace(resnet20_schedule("digits", 1), batch_size=16)
-    result = train_resnet20(few, schedule, 3, out, command="intact train …")
+    schedule = replace(network_schedule("resnet20", "digits", 1), batch_size=16)
+    result = train_network("resnet20", few, schedule, 3, out, command="intact train …")
     assert list(tmp_path.iterdir()) == [out]
-    network = read_resnet20(out)
+    network = read_network("resnet20", out)
     assert not network.training
     assert result.correct == (predict(network, few.test_images) == few.test_labels).sum()
     assert network.bn1.num_batches_tracked == 3
@@ -144,7 +144,14 @@ def test_training_writes_a_file_that_is_read_again(few, tmp_path):
 def test_images_of_another_size_are_refused(few, tmp_path):
     small = replace(few, train_images=few.train_images[..., :16, :16])
     with pytest.raises(DataError, match=r"ResNet-20 takes \[3, 32, 32\] images"):
-        train_resnet20(small, resnet20_schedule("digits", 1), 0, tmp_path / "w", command="")
+        train_network(
+            "resnet20",
+            small,
+            network_schedule("resnet20", "digits", 1),
+            0,
+            tmp_path / "w",
+            command="",
+        )
 
 
 def test_everything_wrong_with_a_file_is_listed_at_once(tmp_path):
@@ -156,7 +163,7 @@ def test_everything_wrong_with_a_file_is_listed_at_once(tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(state, path)
     with pytest.raises(StorageError) as error:
-        read_resnet20(path)
+        read_network("resnet20", path)
     for part in (
         "does not hold the weights of a ResNet-20: ",
         "conv1.weight is missing",

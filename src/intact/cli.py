@@ -41,6 +41,14 @@ FORMS = {
 }
 """How an exported layer is written, in words; `intact.export.onnx.Form` says why each is exact."""
 
+ZOO = {
+    "resnet8": "ResNet-8",
+    "resnet20": "ResNet-20",
+    "mobilenetv2": "MobileNetV2",
+    "mobilenetv3": "MobileNetV3",
+}
+"""Names and titles of `intact.zoo.NETWORKS`, which loads torch."""
+
 Number = TypeVar("Number", int, float)
 Tell: TypeAlias = Callable[[str, int, int], None]
 """Called as `tell(what is going on, steps done, steps in all)`."""
@@ -342,53 +350,74 @@ def train_lenet_command(
     _train_to(out, "lenet.safetensors", data, data_dir, train, as_json)
 
 
-@train_app.command("resnet20")
-def train_resnet20_command(
-    data: DataOption = Data.cifar10,
-    data_dir: DataDirOption = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            "--epochs",
-            metavar="N",
-            min=1,
-            help="Passes over the training images; 60 if left out. One takes minutes for CIFAR-10.",
-        ),
-    ] = None,
-    seed: SeedOption = 0,
-    out: TrainedOption = Path("resnet20.safetensors"),
-    resume: ResumeOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train ResNet-20 from a seed.
+def _add_train_command(network: str, title: str) -> None:
+    """`intact train NETWORK` for a network of `intact.zoo.NETWORKS`."""
 
-    Every finished epoch is kept: interrupted with Ctrl-C, it goes on with --resume.
-    """
-    command = _command(
-        "train",
-        "resnet20",
-        data=data.value,
-        data_dir=data_dir,
-        epochs=epochs,
-        seed=seed,
-        out=out,
-    )
-
-    def train(dataset: Dataset, tell: Tell) -> Trained:
-        from intact.training import resnet20_schedule, train_resnet20
-
-        schedule = resnet20_schedule(dataset.name, epochs)
-        return train_resnet20(
-            dataset,
-            schedule,
-            seed,
-            out,
-            command=command,
-            resume=resume,
-            progress=_epochs(schedule.epochs, tell),
+    def command(
+        data: DataOption = Data.cifar10,
+        data_dir: DataDirOption = None,
+        epochs: Annotated[
+            int | None,
+            typer.Option(
+                "--epochs",
+                metavar="N",
+                min=1,
+                help="Passes over the training images; if left out, as many as take CIFAR-10 "
+                "about an hour.",
+            ),
+        ] = None,
+        seed: SeedOption = 0,
+        threads: Annotated[
+            int,
+            typer.Option(
+                "--threads",
+                metavar="N",
+                min=1,
+                help="Threads that share the work; another number gives other weights.",
+            ),
+        ] = 1,
+        out: TrainedOption = Path(f"{network}.safetensors"),
+        resume: ResumeOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        text = _command(
+            "train",
+            network,
+            data=data.value,
+            data_dir=data_dir,
+            epochs=epochs,
+            seed=seed,
+            threads=threads,
+            out=out,
         )
 
-    _train_to(out, "resnet20.safetensors", data, data_dir, train, as_json)
+        def train(dataset: Dataset, tell: Tell) -> Trained:
+            from intact.training import network_schedule, train_network
+
+            schedule = network_schedule(network, dataset.name, epochs)
+            return train_network(
+                network,
+                dataset,
+                schedule,
+                seed,
+                out,
+                command=text,
+                resume=resume,
+                threads=threads,
+                progress=_epochs(schedule.epochs, tell),
+            )
+
+        _train_to(out, f"{network}.safetensors", data, data_dir, train, as_json)
+
+    command.__doc__ = (
+        f"Train {title} from a seed, for `intact zoo` and `intact quantize`.\n\n"
+        "Every finished epoch is kept: interrupted with Ctrl-C, it goes on with --resume."
+    )
+    train_app.command(network)(command)
+
+
+for _network, _title in ZOO.items():
+    _add_train_command(_network, _title)
 
 
 @app.command()

@@ -1,16 +1,12 @@
-"""ResNet-20 for 3x32x32 images: the small residual network that CIFAR-10 results are quoted for."""
+"""Residual networks for 3x32x32 images: the two that small results are quoted for."""
 
 from __future__ import annotations
-
-from os import PathLike
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from intact.zoo.reading import read_weights
-
-__all__ = ["ResNet20", "read_resnet20"]
+__all__ = ["ResNet8", "ResNet20"]
 
 CLASSES = 10
 BLOCKS = 3
@@ -21,10 +17,11 @@ class Block(nn.Module):
     """Two 3x3 convolutions with batch norm, added to the input.
 
     `[N, in_channels, H, W]` to `[N, channels, H / stride, W / stride]`. Where the shapes differ,
-    the input goes through a 1x1 convolution with batch norm (option B of the paper).
+    the input goes through a 1x1 convolution: with batch norm (option B of the paper), or with a
+    bias where `norm` is False.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, *, norm: bool = True) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -32,9 +29,9 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut.append(nn.Conv2d(in_channels, channels, 1, stride, bias=not norm))
+            if norm:
+                self.shortcut.append(nn.BatchNorm2d(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
@@ -62,9 +59,7 @@ class ResNet20(nn.Module):
         self.layer3 = _stage(32, 64, 2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, CLASSES)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 `[N, 3, 32, 32]` to logits float32 `[N, 10]`."""
@@ -79,10 +74,34 @@ def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(BLOCKS - 1)))
 
 
-def read_resnet20(path: str | PathLike[str]) -> ResNet20:
-    """A ResNet-20 with the weights of a safetensors file; in eval mode.
+def _initialise(network: nn.Module) -> None:
+    """As in the paper: normal, variance 2 / fan-out."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    The file must hold exactly the tensors of `ResNet20().state_dict()`; otherwise `StorageError`
-    lists everything that is wrong with it.
+
+class ResNet8(nn.Module):
+    """One block each of 16, 32 and 64 channels: 3x32x32 images to 10 classes.
+
+    The image classification network of MLPerf Tiny (Banbury et al.: MLPerf Tiny Benchmark, 2021),
+    whose shortcuts have no batch norm. Initialised as `ResNet20`.
     """
-    return read_weights(ResNet20(), path, "a ResNet-20")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.block1 = Block(16, 16, 1, norm=False)
+        self.block2 = Block(16, 32, 2, norm=False)
+        self.block3 = Block(32, 64, 2, norm=False)
+        self.pool = nn.AvgPool2d(8)
+        self.fc = nn.Linear(64, CLASSES)
+        _initialise(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Float32 `[N, 3, 32, 32]` to logits float32 `[N, 10]`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.block3(self.block2(self.block1(x)))
+        logits: torch.Tensor = self.fc(torch.flatten(self.pool(x), 1))
+        return logits
