@@ -47,9 +47,9 @@ def align(network: Network) -> Network:
     """Insert a `Requantize` before every operand of a sum or concat that needs one.
 
     Operands and result of an add (of a subtract, of a concat) share one grid (arithmetic.md,
-    section 4). An operand whose producer requantizes anyway, and that nobody else reads, is requantized straight
-    to that grid; any other goes through an operation of its own, `<add>.requantize<i>`, which is
-    the identity in the float network.
+    section 4). An operand whose producer requantizes anyway, and that nobody else reads, is
+    requantized straight to that grid; any other goes through an operation of its own,
+    `<add>.requantize<i>`, which is the identity in the float network.
     """
     producers = {op.name: op for op in network.ops}
     reads = [tensor for op in network.ops for tensor in op.inputs] + [network.output]
