@@ -680,8 +680,7 @@ def test_an_operation_without_a_place_is_refused_with_advice(f, shape, message):
     ("f", "message"),
     [
         (lambda x: (x, x), "must return one tensor, not a tuple of 2"),
-        (lambda x: [x + x], "must return one tensor, not a list of 1"),
-        (lambda x: {"logits": x + x}, "must return one tensor, not a dict of 1"),
+        (lambda x: {"a": x + x, "b": x}, "must return one tensor, not a dict of 2"),
         (lambda _: None, "Call must return one tensor"),
         (lambda x: x, "returns its input: there is nothing to capture"),
         (lambda x: x.clone(), "returns its input"),
@@ -691,6 +690,12 @@ def test_an_operation_without_a_place_is_refused_with_advice(f, shape, message):
 def test_a_result_that_is_not_one_computed_tensor_is_refused(f, message):
     with pytest.raises(CaptureError, match=message):
         capture(Call(f), torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("wrap", [lambda y: (y,), lambda y: [y], lambda y: {"logits": y}])
+def test_a_tensor_that_stands_alone_in_a_container_is_the_output(wrap):
+    network = capture(Call(lambda x: wrap(x + x)), torch.zeros(2, 6))
+    assert network.ops == (Add("add", ("input", "input")),)
 
 
 def test_control_flow_that_depends_on_data_is_refused_in_few_words():

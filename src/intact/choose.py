@@ -42,6 +42,9 @@ from intact.sketch import Sketch
 
 __all__ = ["align", "choose_qparams", "grid_for_range"]
 
+PIXELS = QParams((1.0,), 0, 0, 255, signed=False)
+"""The grid of an input of 8-bit pixels: each is its own code."""
+
 
 def align(network: Network) -> Network:
     """Insert a `Requantize` before every operand of a sum or concat that needs one.
@@ -112,6 +115,8 @@ def choose_qparams(
         )
         if name == network.input:
             grids[name] = _input_grid(sketch, recipe.input)
+            if network.tensors[name].pixels:
+                grids[name] = PIXELS
             continue
         spec = recipe.for_activations(name, is_output=name == decider[network.output])
         symmetric = spec.scheme != "affine"

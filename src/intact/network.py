@@ -49,12 +49,14 @@ Hook = Callable[[str, torch.Tensor], torch.Tensor]
 class TensorSpec:
     """A tensor of a float network: the shape of one sample, and the clamp fused into it.
 
-    `low = 0` is a ReLU; `low = 0, high = 6` a ReLU6; the defaults are no clamp at all.
+    `low = 0` is a ReLU; `low = 0, high = 6` a ReLU6; the defaults are no clamp at all. `pixels`
+    says of an input that it holds 8-bit pixels, whole numbers from 0 to 255.
     """
 
     shape: Shape
     low: float = -math.inf
     high: float = math.inf
+    pixels: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ _NORM = (
 )
 _PRODUCT = "Use nn.Linear or nn.Conv2d, whose weights are constants."
 _FAMILIES = {
-    "group_norm instance_norm layer_norm rms_norm": _NORM,
+    "group_norm instance_norm layer_norm local_response_norm rms_norm": _NORM,
     "addmm bmm einsum matmul mm": _PRODUCT,
     "gru lstm rnn": "Unroll it into linear layers, or take a convolutional network.",
     "conv3d max_pool3d avg_pool3d": "Take out the depth: convolutions are over one or two axes.",
@@ -115,8 +115,9 @@ def survey(module: nn.Module, example: torch.Tensor) -> Survey:
 def capture(module: nn.Module, example: torch.Tensor) -> Network:
     """The module as a `Network`: what it computes in eval mode, with its present parameters.
 
-    module   takes one float32 batch and returns one tensor; both have the batch as first axis. It
-             may be in training mode and on any device; it is not changed, a copy is captured
+    module   takes one float32 batch and returns one tensor (it may stand alone in a tuple, list or
+             dictionary); both have the batch as first axis. It may be in training mode and on any
+             device; it is not changed, a copy is captured
     example  float32 `[N, ...]` with N >= 1; only the shape of its first sample matters
     returns  a network on the CPU whose parameters are detached copies. An op is named after the
              module that holds it (`layer1.0.conv2`), or after the function and the enclosing module

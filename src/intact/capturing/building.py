@@ -163,7 +163,12 @@ class Builder:
         for name, op in self.ops.items():
             self._check(name, op)
         if self.refused:
-            return None, tuple(self._refusal(node) for node in self.refused)
+            found: dict[tuple[str, str, str], Refusal] = {}
+            for refusal in map(self._refusal, self.refused):
+                # Of a function that is several operations, the first refusal says it.
+                key = (refusal.function, refusal.layer, refusal.source)
+                found.setdefault(key, refusal)
+            return None, tuple(found.values())
         if not self.ops:
             raise CaptureError("the module returns its input: there is nothing to capture.")
         parameters = {k: v.detach().float().clone() for k, v in self.parameters.items()}
@@ -198,7 +203,7 @@ class Builder:
         outputs = self.program.graph_signature.user_outputs
         results = [a for a in self.program.graph.output_node().args[0] if isinstance(a, Node)]
         named = [r for r in results if r.name == outputs[0]] if len(outputs) == 1 else []
-        if not named or out_spec is None or not out_spec.is_leaf():
+        if not named:
             given = "" if out_spec is None or out_spec.is_leaf() else out_spec.type.__name__
             raise CaptureError(
                 f"{type(self.module).__name__} must return one tensor"
