@@ -101,6 +101,7 @@ class _Kernel:
         self.bias = tables.add(f"{name}_bias", self._per_channel(step.bias))
         multiplier = self._per_channel(step.requantization.multiplier)
         self.multiplier = tables.add(f"{name}_multiplier", multiplier)
+        self.table = "" if step.table is None else tables.add(f"{name}_table", step.table)
 
     def _tile(self) -> _Tile:
         """The tile with most products per operation: two per product, two per pair of bytes."""
@@ -255,7 +256,8 @@ class _Kernel:
             each = "uint8_t code = (uint8_t)codes[c];"
             if step.addend is not None:
                 each += "\n" + added(step, "code", f"with[{i * step.addend.pixel} + c]")
-            each += f"\nout[{i * pixel} + c] = code;"
+            code = f"{self.table}[code]" if self.table else "code"
+            each += f"\nout[{i * pixel} + c] = {code};"
             stored.append(loop("c", valid, each))
             lines.append("{\n" + indent("\n".join(stored)) + "\n}")
         return "\n".join(lines)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from intact.engines.native.emit import Emitter, indent, loop
+from intact.engines.native.emit import Emitter, Tables, indent, loop
 from intact.engines.native.plan import MOST_UNROLLED, Layout, MatMul, Place, Requantization
 
 __all__ = ["Avx512Vnni"]
@@ -108,6 +108,28 @@ static inline V clamped(V codes, int low, int high)
     if (high < 255)
         codes = _mm512_min_epu8(codes, _mm512_set1_epi8((char)high));
     return codes;
+}
+
+/* What a table of 256 bytes has for each of 64 codes. */
+static inline V looked_up(V codes, const uint8_t *table)
+{
+#ifdef __AVX512VBMI__
+    const V low = _mm512_permutex2var_epi8(LOAD(table), codes, LOAD(table + 64));
+    const V high = _mm512_permutex2var_epi8(LOAD(table + 128), codes, LOAD(table + 192));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+#else
+    V found = _mm512_setzero_si512();
+    for (int i = 0; i < 256; i += 16) {
+        /* Below 16 where the code is in this part of the table. What is above gets its highest bit
+           set, for which the shuffle gives 0. */
+        const V at = _mm512_xor_si512(codes, _mm512_set1_epi8((char)i));
+        const V index = _mm512_adds_epu8(at, _mm512_set1_epi8(0x70));
+        const __m128i part = _mm_loadu_si128((const __m128i *)(const void *)(table + i));
+        const V entries = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(part), index);
+        found = _mm512_or_si512(found, entries);
+    }
+    return found;
+#endif
 }
 
 /* Rounded accumulators to stored codes that stay int32. */
@@ -329,6 +351,7 @@ class _ChannelLanes:
         self.emitter = emitter
         self.step = step
         self.name = name
+        self.table = fused_table(emitter.tables, step, name)
         self.group_out = len(step.weight) // step.groups
         self.all_vectors = -(-self.group_out // LANES)
         self.tile = self._tile()
@@ -605,10 +628,11 @@ class _ChannelLanes:
                 inner.append(gather_pieces("other", "e", list(_pieces(with_))))
                 if step.addend_rule is not None:
                     inner.append(f"other = {rescaled('other', step.addend, step.addend_rule)};")
-                inner.append(f"codes = added(codes, other, {step.target.zero});")
+                inner.append(f"codes = added(codes, other, {step.sum_zero});")
                 if step.sum_range != (0, 255):
                     low, high = step.sum_range
                     inner.append(f"codes = clamped(codes, {low}, {high});")
+            inner += look_up("codes", self.table)
             for offset, mask in pieces:
                 if mask == 2**64 - 1:
                     inner.append(f"_mm512_storeu_si512(o + {offset}, codes);")
@@ -633,6 +657,7 @@ class _PixelLanes:
         self.emitter = emitter
         self.step = step
         self.name = name
+        self.table = fused_table(emitter.tables, step, name)
 
     def body(self) -> str:
         """The function's statements."""
@@ -704,6 +729,7 @@ class _PixelLanes:
             joined = parts[0]
             for part in parts[1:]:
                 joined = f"_mm512_or_si512({joined},\n        {part})"
+            joined = f"looked_up({joined}, {self.table})" if self.table else joined
             body.append(f"_mm512_storeu_si512(codes[{d}], {joined});")
         copies = "\n".join(
             f"memcpy(out + {d * 4}, &codes[{d}][i], {min(4, out_channels - d * 4)});"
@@ -744,6 +770,7 @@ class _Depthwise:
         self.emitter = emitter
         self.step = step
         self.name = name
+        self.table = fused_table(emitter.tables, step, name)
 
     def body(self) -> str:
         """The function's statements."""
@@ -777,6 +804,7 @@ class _Depthwise:
                 inner.append(f"V codes{i} = packed_interleaved({values}, {rule.zero});")
                 if (rule.low, rule.high) != (0, 255):
                     inner.append(f"codes{i} = clamped(codes{i}, {rule.low}, {rule.high});")
+                inner += look_up(f"codes{i}", self.table)
                 inner.append(f"_mm512_mask_storeu_epi8(o + {i * target.pixel}, mask, codes{i});")
             lines.append(loop("b", blocks, "\n".join(inner)))
             done += count * blocks
@@ -876,6 +904,17 @@ def rescaled(codes: str, place: Place, rule: Requantization) -> str:
     """The call that moves a vector of stored codes to another grid."""
     m = f"{float(rule.multiplier[0]).hex()}f"
     return f"rescaled({codes}, {place.zero}, {m}, {rule.zero}, {rule.low}, {rule.high})"
+
+
+def fused_table(tables: Tables, step: MatMul, name: str) -> str:
+    """The name of the table that is fused into a layer, or nothing."""
+    return "" if step.table is None else tables.add(f"{name}_table", step.table)
+
+
+def look_up(codes: str, table: str) -> Iterator[str]:
+    """The statement that looks a vector of stored codes up, if there is a table."""
+    if table:
+        yield f"{codes} = looked_up({codes}, {table});"
 
 
 def _blocks(width: int, size: int) -> list[int]:
