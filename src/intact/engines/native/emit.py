@@ -2,8 +2,8 @@
 
 The portable kernels are C99 that any compiler takes and any CPU runs. They are written so that a
 compiler vectorises them: contiguous bytes, constant shapes, no branch inside. The emitters for
-vector instructions replace the kernel of a `MatMul` and the loading of the input; everything else
-stands here once.
+vector instructions replace the kernels of a `MatMul` and a `Lookup` and the loading of the input;
+everything else stands here once.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Tables:
 class Emitter:
     """The portable kernels; a subclass answers for the steps that it does better.
 
-    `load` and `matmul` may return None: then the portable kernel is taken.
+    `load`, `matmul` and `lookup` may return None: then the portable kernel is taken.
     """
 
     layout = Layout()
@@ -161,6 +161,11 @@ class Emitter:
 
     def matmul(self, step: MatMul, name: str) -> str | None:
         """The body of a convolution or linear layer."""
+        del step, name
+        return None
+
+    def lookup(self, step: Lookup, name: str) -> str | None:
+        """The body of a table look-up."""
         del step, name
         return None
 
@@ -181,6 +186,7 @@ def emitters() -> dict[str, type[Emitter]]:
 
     return {
         "amx": Amx,
+        "avx512vbmi": Avx512Vnni,
         "avx512vnni": Avx512Vnni,
         "avx512": Avx2,  # whose other kernels the compiler vectorises for wider vectors
         "avx2": Avx2,
@@ -500,7 +506,7 @@ class _File:
             case Product():
                 return product(step)
             case Lookup():
-                return self._lookup(step, name)
+                return self.emitter.lookup(step, name) or self._lookup(step, name)
             case Concatenate():
                 return concatenate(step)
             case Gather():

@@ -1,9 +1,9 @@
-"""AVX-512 with VNNI: convolutions and linear layers on `vpdpbusd`.
+"""AVX-512 with VNNI: convolutions and linear layers on `vpdpbusd`, tables on shuffles.
 
 `vpdpbusd` adds four products of unsigned and signed bytes to each int32 lane, without saturation.
 Lanes are output channels: four bytes of the input are broadcast and meet 16 x 4 weights. The
 accumulators of a tile of pixels by channels stay in registers. Where the first layer has few
-channels, lanes are pixels instead.
+channels, lanes are pixels instead. With VBMI a table of 256 codes is two shuffles (`vpermi2b`).
 
 On the machines this was written for, a tile's speed is that of its slower half: one dot product or
 one load per cycle. `_tile` picks the shape of the tile by counting both.
@@ -21,13 +21,22 @@ import numpy as np
 import numpy.typing as npt
 
 from intact.engines.native.emit import Emitter, Tables, indent, loop
-from intact.engines.native.plan import MOST_UNROLLED, Layout, MatMul, Place, Requantization
+from intact.engines.native.plan import (
+    MOST_UNROLLED,
+    Layout,
+    Lookup,
+    MatMul,
+    Place,
+    Requantization,
+)
 
 __all__ = ["Avx512Vnni"]
 
 Array = npt.NDArray[Any]
 
 LANES = 16
+BYTES = 64
+"""Of a vector."""
 REGISTERS = 32
 MOST_HELD = 4
 """Vectors of pixels of a row's phase that are held in registers, at most."""
@@ -239,6 +248,32 @@ class Avx512Vnni(Emitter):
         if step.pixel_lanes:
             return _PixelLanes(self, step, name).body()
         return _ChannelLanes(self, step, name).body()
+
+    def lookup(self, step: Lookup, name: str) -> str | None:
+        """A table look-up, 64 codes at a time, where rows are whole and have one table."""
+        source, target = step.source, step.target
+        if len(step.table) > 1 or (source.pixel, target.pixel) != (source.channels,) * 2:
+            return None
+        table = self.tables.add(f"{name}_table", step.table)
+        rows, length = target.height, target.width * target.channels
+        if source.dense and target.dense:
+            rows, length = 1, rows * length
+        lines = [
+            f"const uint8_t *const from = x + y * {source.row};",
+            f"uint8_t *const out = to + y * {target.row};",
+        ]
+        whole, rest = length - length % BYTES, length % BYTES
+        if whole:
+            lines.append(
+                f"for (int i = 0; i < {whole}; i += {BYTES}) {{\n"
+                f"    _mm512_storeu_si512(out + i, looked_up(LOAD(from + i), {table}));\n}}"
+            )
+        if rest:
+            mask = f"{(1 << rest) - 1:#x}u"
+            codes = f"_mm512_maskz_loadu_epi8({mask}, from + {whole})"
+            stored = f"looked_up({codes}, {table})"
+            lines.append(f"_mm512_mask_storeu_epi8(out + {whole}, {mask}, {stored});")
+        return loop("y", rows, "\n".join(lines))
 
 
 class _HeldPixels:
