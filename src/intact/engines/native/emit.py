@@ -768,15 +768,15 @@ def over_elements(
         return statement.format(*operands, to=f"to[{at(target)}]")
 
     def down(place: Place) -> str:
-        return f"y * {place.row if place.height == target.height else 0}"
+        return f"y * {place.row} + " if place.height == target.height else ""
 
     def element(place: Place) -> str:
-        right = place.pixel if place.width == target.width else 0
-        return f"{down(place)} + x_ * {right} + c * {int(place.channels == target.channels)}"
+        right = f"x_ * {place.pixel} + " if place.width == target.width else ""
+        return f"{down(place)}{right}{'c' if place.channels == target.channels else '0'}"
 
     along = all(p.pixel == p.channels == target.channels for p in places)
     if flat and along and all(p.width == target.width for p in places):
-        inner = loop("i", target.width * target.channels, spread(lambda p: f"{down(p)} + i"))
+        inner = loop("i", target.width * target.channels, spread(lambda p: f"{down(p)}i"))
     else:
         inner = loop("x_", target.width, loop("c", target.channels, spread(element)))
     return loop("y", target.height, inner)
