@@ -640,7 +640,9 @@ class _File:
             body.append(loop("ky", kh, loop("kx", kw, add)))
         sum_ = f"(int32_t)(acc[c] + (uint32_t){b}[c0 + c])"
         code = f"requantize({sum_}, {m}[c0 + c], {bounds(step.requantization)})"
-        body.append(each(f"out[c] = {self._looked_up(step, name, code)};"))
+        body.append(each(f"out[c] = {code};"))
+        if step.table is not None:  # apart, as compilers make no vectors of a look-up
+            body.append(each(f"out[c] = {self._looked_up(step, name, 'out[c]')};"))
         chunks = f"for (int c0 = 0; c0 < {channels}; c0 += {chunk}) {{\n"
         return self._positions(step, chunks + indent("\n".join(body)) + "\n}")
 
