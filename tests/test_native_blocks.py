@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 
 import numpy as np
@@ -220,16 +222,21 @@ def test_tables_are_fused_into_every_kind_of_layer(isa, tmp_path):
     assert agrees(program, isa, tmp_path)
 
 
-def test_a_table_that_must_stay_apart_does():
-    """Where others read the layer, where it is the output, and where channels have their own."""
-    for kind in ("read", "output", "rows"):
+def test_a_table_that_must_stay_apart_does(tmp_path):
+    """Others read the layer, or it is the output, or has a table; or channels have their own."""
+    for kind in ("read", "output", "rows", "second"):
         b = Builder.start((4, 5, 5), INT8)
         layer = conv(b, "x", 4, 1)
         looked_up = table(b, layer, rows=4 if kind == "rows" else 1)
         if kind == "read":
             b.add(Add("sum", (layer, looked_up)), INT8)
-        plan = make_plan(b.finish(layer if kind == "output" else None), Avx512Vnni.layout)
+        if kind == "second":
+            table(b, looked_up)
+        program = b.finish(layer if kind == "output" else None)
+        plan = make_plan(program, Avx512Vnni.layout)
         assert any(isinstance(step, Lookup) for step in plan.head), kind
+        compiled = Compiled(program, "portable", tmp_path)
+        assert first_difference(compiled, codes_for(program)) is None
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -397,3 +404,72 @@ def test_tensors_of_a_plan_cannot_meet_those_of_a_program(tmp_path):
     codes = codes_for(program)
     compiled = Compiled(program, "portable", tmp_path)
     assert np.array_equal(compiled.run(codes), ReferenceEngine(program)(codes))
+
+
+def chain(seed: int) -> Program:
+    """Layers that mostly read the one before, so that much is fused, in any order."""
+    r = random.Random(seed)
+    b = Builder.start((r.choice([3, 4, 16, 20]), r.randint(4, 9), r.randint(4, 20)), INT8, seed)
+    last = "x"
+    for _ in range(r.randint(6, 14)):
+        if r.random() < 0.15:
+            last = r.choice([name for name in b.tensors if len(b.shape(name)) == 3])
+        channels, height, width = b.shape(last)
+        size = channels * height * width
+        kind = r.choice(["conv", "conv", "depthwise", "table", "table", "pool", "add", "gate"])
+        kind = r.choice([kind, kind, "slice", "concat", "shuffle", "upsample", "pad", "subtract"])
+        if kind == "depthwise":
+            last = conv(b, last, channels, r.choice([1, 3, 5]), groups=channels)
+        elif kind == "table":
+            rows = r.choice([1, 1, 1, channels])
+            last = table(b, last, r.choice([INT8, UINT8, RELU]), rows=rows)
+        elif kind == "pool" and min(height, width) >= 2:
+            last = b.add(MaxPool2d(b.new_name("pool"), (last,)), b.grid(last))
+        elif kind in {"add", "subtract"}:
+            other = conv(b, last, channels, r.choice([1, 3]), b.grid(last))
+            pair = r.sample([last, other], 2)
+            op = (Add if kind == "add" else Subtract)(b.new_name(kind), tuple(pair))
+            last = b.add(op, b.grid(last))
+        elif kind == "gate":
+            last = excitation(b, last)
+        elif kind == "slice":
+            axis = r.randrange(3)
+            start = r.randrange(b.shape(last)[axis])
+            stop = r.randint(start + 1, b.shape(last)[axis])
+            last = sliced(b, last, axis, start, stop, r.choice([1, 1, 2]))
+        elif kind == "concat" and size < 2000:
+            half = sliced(b, last, 0, 0, (channels + 1) // 2)
+            names = tuple(r.sample([last, half, last], r.randint(1, 3)))
+            last = b.add(Concat(b.new_name("concat"), names), b.grid(last))
+        elif kind == "shuffle" and channels % 2 == 0:
+            last = shuffled(b, last, 2)
+        elif kind == "upsample" and size < 1000:
+            last = upsampled(b, last, r.choice([1, 1, 2]), 2, 2)
+        elif kind == "pad":
+            last = padded(b, last, tuple(r.choice([0, 1]) for _ in range(6)), r.choice([0.0, 9.0]))
+        else:
+            last = conv(
+                b, last, r.choice([3, 8, 16, 17, 33]), r.choice([1, 3]), r.choice([INT8, RELU])
+            )
+    if r.random() < 0.5:
+        size = math.prod(b.shape(last))
+        flat = reshaped(b, last, size)
+        op = Linear(b.new_name("linear"), (flat,))
+        last = table(b, b.weighted(op, weights(b.rng, 18, size), INT8))
+        op = Linear(b.new_name("linear"), (last,))
+        b.weighted(op, weights(b.rng, 7, 18), INT8)
+    elif isinstance(b.ops[-1], Slice | Reshape | Upsample):
+        b.add(Clamp("output", (last,)), b.grid(last))
+    return b.finish()
+
+
+SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 150))]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_chains_of_layers(isa, seed, tmp_path):
+    runnable(isa)
+    program = chain(seed)
+    compiled = Compiled(program, isa, tmp_path, fuse=seed % 4 != 3)
+    assert first_difference(compiled, codes_for(program, seed=seed)) is None

@@ -559,7 +559,7 @@ class _Planner:
             return False
         for draft in drafts:
             layer = isinstance(draft.ops[0], Conv2d | Linear) and draft.view is None
-            if draft.name == source and layer:
+            if draft.name == source and layer and draft.table is None:
                 draft.ops, draft.name, draft.table = (*draft.ops, op), op.name, op
                 return True
         return False
