@@ -417,7 +417,8 @@ class _Draft:
 def make_plan(program: Program, layout: Layout, *, fuse: bool = True) -> Plan:
     """Plan the program.
 
-    fuse  False stores every op's result (but of those that only rename bytes), for comparison
+    fuse  False stores every op's result (but of those that only rename, select or repeat bytes), for
+          comparison
     """
     return _Planner(program, layout, fuse).plan()
 
