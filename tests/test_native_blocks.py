@@ -416,13 +416,10 @@ def chain(seed: int) -> Program:
             last = r.choice([name for name in b.tensors if len(b.shape(name)) == 3])
         channels, height, width = b.shape(last)
         size = channels * height * width
-        kind = r.choice(["conv", "conv", "depthwise", "table", "table", "pool", "add", "gate"])
+        kind = r.choice(["conv", "conv", "depthwise", "pool", "add", "gate"])
         kind = r.choice([kind, kind, "slice", "concat", "shuffle", "upsample", "pad", "subtract"])
         if kind == "depthwise":
             last = conv(b, last, channels, r.choice([1, 3, 5]), groups=channels)
-        elif kind == "table":
-            rows = r.choice([1, 1, 1, channels])
-            last = table(b, last, r.choice([INT8, UINT8, RELU]), rows=rows)
         elif kind == "pool" and min(height, width) >= 2:
             last = b.add(MaxPool2d(b.new_name("pool"), (last,)), b.grid(last))
         elif kind in {"add", "subtract"}:
@@ -451,6 +448,9 @@ def chain(seed: int) -> Program:
             last = conv(
                 b, last, r.choice([3, 8, 16, 17, 33]), r.choice([1, 3]), r.choice([INT8, RELU])
             )
+        while r.random() < 0.35:
+            rows = r.choice([1, 1, 1, b.shape(last)[0]])
+            last = table(b, last, r.choice([INT8, UINT8, RELU]), rows=rows)
     if r.random() < 0.5:
         size = math.prod(b.shape(last))
         flat = reshaped(b, last, size)
