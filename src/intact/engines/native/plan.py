@@ -417,8 +417,8 @@ class _Draft:
 def make_plan(program: Program, layout: Layout, *, fuse: bool = True) -> Plan:
     """Plan the program.
 
-    fuse  False stores every op's result (but of those that only rename, select or repeat bytes), for
-          comparison
+    fuse  False stores every op's result, for comparison; not those that only rename, select or
+          repeat bytes
     """
     return _Planner(program, layout, fuse).plan()
 
@@ -435,6 +435,8 @@ class _Planner:
                 self.readers.setdefault(tensor, []).append(op)
         self.views: dict[str, _View] = {}
         self.across: set[str] = set()  # convolutions that are computed across pixels
+        self.makers: dict[str, _Draft] = {}  # of every stored tensor
+        self.reading: dict[str, list[_Draft]] = {}  # of every stored tensor, views of it included
 
     # -- what is fused, and what is only renamed ---------------------------------------------------
 
@@ -442,7 +444,11 @@ class _Planner:
         drafts = self._draft()
         tail = self._tail(drafts)
         names = (self.program.input, *(draft.name for draft in drafts))
-        places = {name: self._place(name, drafts) for name in names}
+        for draft in drafts:
+            self.makers[draft.name] = draft
+            for root in {self._root(tensor) for tensor in draft.reads}:
+                self.reading.setdefault(root, []).append(draft)
+        places = {name: self._place(name) for name in names}
         block = BLOCK if tail else 1
         while block > 1 and block * sum(places[t].size for t in self._held(tail)) > BLOCK_BYTES:
             block //= 2
@@ -689,12 +695,12 @@ class _Planner:
 
     # -- where tensors lie -------------------------------------------------------------------------
 
-    def _place(self, name: str, drafts: Sequence[_Draft]) -> Place:
+    def _place(self, name: str) -> Place:
         spec = self.tensors[name]
         channels, height, width = image_shape(spec.shape)
         border = (0, 0, 0, 0)
         convolutions: list[Conv2d] = []
-        readers = [draft for draft in drafts if name in map(self._root, draft.reads)]
+        readers = self.reading.get(name, [])
         for draft in readers:
             op = draft.ops[0]
             if isinstance(op, Conv2d) and op.inputs[0] == name:
@@ -734,16 +740,16 @@ class _Planner:
                 phase = packed * each * 4
                 row = phase * phases
                 conv, pool = convolutions[0], readers[0].pool
-                if runs := self._runs_on(conv, pool, self._place(readers[0].name, drafts)):
+                if runs := self._runs_on(conv, pool, self._place(readers[0].name)):
                     row_phases = conv.stride[0] * pool[0]
                     row, plane = runs
                     phase = packed * plane
                     row_phase = phase * phases
         zero = spec.qparams.zero_point + stored_offset(spec.qparams)
-        maker = next((draft.ops[0] for draft in drafts if draft.name == name), None)
         fill = None
-        if isinstance(maker, Pad) and any(maker.padding):
-            fill = int(quantize(maker.value, spec.qparams)) + stored_offset(spec.qparams)
+        maker = self.makers.get(name)
+        if maker and isinstance(op := maker.ops[0], Pad) and any(op.padding):
+            fill = int(quantize(op.value, spec.qparams)) + stored_offset(spec.qparams)
         size = (border[0] + height + border[1]) * row
         if row_phases:
             size = row_phases * row_phase
