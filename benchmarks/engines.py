@@ -46,7 +46,7 @@ NETWORKS = {"lenet": 256, "resnet20": 64}
 """Name -> samples of a large batch."""
 OURS, CODES = "intact", "intact, codes"
 CORRELATION = 0.99
-INSTRUCTION = {"amx": "tdpbssd", "avx512vnni": "vpdpbusd"}
+INSTRUCTION = {"amx": "tdpbssd", "avx512vbmi": "vpdpbusd", "avx512vnni": "vpdpbusd"}
 """The multiplication of an instruction set whose peak is known."""
 VNNI_CAP = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "DNNL_MAX_CPU_ISA": "AVX512_CORE_VNNI"}
 

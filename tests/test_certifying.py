@@ -835,7 +835,10 @@ def test_a_hundred_million_values_of_lenet_and_resnet20_are_equal():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cpu", "lacking"),
-    [("Haswell", ["amx", "avx512vnni", "avx512"]), ("Skylake-Server", ["amx", "avx512vnni"])],
+    [
+        ("Haswell", ["amx", "avx512vbmi", "avx512vnni", "avx512"]),
+        ("Skylake-Server", ["amx", "avx512vbmi", "avx512vnni"]),
+    ],
 )
 def test_on_a_cpu_without_vnni_all_that_is_exact_there_is_certified(folder, tmp_path, cpu, lacking):
     emulator = shutil.which("qemu-x86_64")

@@ -19,7 +19,7 @@ from intact.engines.native import build, emit_amx
 from intact.engines.native.cpu import ISAS
 from intact.engines.native.emit import generate
 from intact.engines.native.runtime import load_runtime
-from intact.ops import Add, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Reshape
+from intact.ops import Add, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Reshape, Table
 from intact.program import Program
 from native_stub import codes_for, private_cache, tools
 from strategies import Builder, input_codes, programs
@@ -244,6 +244,28 @@ def test_three_channels_are_read_in_their_order(kit, monkeypatch, shape):
         b.weighted(Linear("linear", ("x",)), weight, RELU)
     Choices(monkeypatch, 0)
     assert differing(kit, b.finish(), codes_for(b.finish(), 2)) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tables_are_looked_up_behind_tiles(kit, monkeypatch, seed):
+    """Fused into a convolution, one with an addition, and layers on a block of samples."""
+    choices = Choices(monkeypatch, seed)
+    b = Builder.start((16, 8, 20), SIGNED, seed)
+
+    def table(source: str) -> str:
+        op = Table(b.new_name("table"), (source,))
+        b.parameters[f"{op.name}.table"] = b.rng.integers(-128, 128, (1, 256)).astype(np.int8)
+        return b.add(op, SIGNED)
+
+    x = table(convolution(b, "x", 24, (3, 3), padding=(1, 1, 1, 1)))
+    y = convolution(b, x, 24, (1, 1), SIGNED)
+    x = table(b.add(Add("sum", (x, y)), SIGNED))
+    x = table(linear(b, flattened(b, x), 40))
+    table(linear(b, x, 18))
+    program = b.finish()
+    assert generate(program, "amx").traced == ("x", "table1", "table4", "table7", "table9")
+    assert differing(kit, program, codes_for(program, 17)) == []
+    assert choices.taken
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 15, 16])

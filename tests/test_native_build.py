@@ -195,6 +195,7 @@ MACROS = {
     "avx2": "defined(__AVX2__)",
     "avx512f": "defined(__AVX512F__)",
     "avx512vnni": "defined(__AVX512VNNI__)",
+    "avx512vbmi": "defined(__AVX512VBMI__)",
     "amx-int8": "(defined(__AMX_INT8__) || defined(__AMXINT8__))",  # older clang's spelling
 }
 

@@ -32,9 +32,15 @@ from intact.ops import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Multiply,
+    Pad,
     Permute,
     Requantize,
     Reshape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
 )
 from intact.program import Program
 from native_harness import Compiled, compiler, first_difference
@@ -449,7 +455,7 @@ def test_portable_kernels_are_strict_c99(compiler_name, tmp_path):
     if shutil.which(compiler_name) is None:
         pytest.skip(f"there is no {compiler_name} here")
     for seed, fuse in itertools.product((0, 1), (True, False)):
-        program = network(seed, (3, 12, 12), INT8)
+        program = block() if seed else network(seed, (3, 12, 12), INT8)
         source = tmp_path / f"{seed}{fuse}.c"
         source.write_text(generate(program, "portable", fuse=fuse).source)
         flags = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-Wno-overlength-strings"]
@@ -469,6 +475,26 @@ def test_kernels_stay_within_their_memory(isa, tmp_path):
     sanitize(tmp_path, isa, [(wide.finish(), True), (mean.finish(), True)])
     sanitize(tmp_path, isa, [(network(s, (3, 16, 16), INT8), f) for s in (0, 1) for f in (1, 0)])
     sanitize(tmp_path, isa, [(program, True) for program in first_layers(12)])
+    sanitize(tmp_path, isa, [(block(), True), (block(), False)])
+
+
+def block() -> Program:
+    """Tables, a product, slices, constants and upsampled codes, of sizes that fill no vector."""
+    b = Builder.start((7, 5, 9), INT8)
+    b.weighted(Conv2d("conv", ("x",), padding=(1, 1, 1, 1)), weights(b.rng, 21, 7, 3, 3), INT8)
+    for name, source, rows in (("fused", "conv", 1), ("apart", "fused", 1), ("rows", "apart", 21)):
+        b.parameters[f"{name}.table"] = b.rng.integers(-128, 128, (rows, 256)).astype(np.int8)
+        b.add(Table(name, (source,)), INT8)
+    b.rescaled(GlobalAvgPool("mean", ("rows",)), INT8)
+    b.parameters["product.multiplier"] = np.array([900], np.int32)
+    b.add(Multiply("product", ("apart", "mean")), INT8)
+    b.add(Subtract("difference", ("product", "rows")), INT8)
+    b.add(Slice("slice", ("difference",), 0, 2, 21, 3), INT8)
+    b.add(Upsample("upsample", ("slice",), (1, 2, 3)), INT8)
+    b.add(Pad("pad", ("upsample",), (0, 1, 2, 0, 0, 3), 7.0), INT8)
+    weight = weights(b.rng, 8, 1, 5, 5)
+    b.weighted(Conv2d("deep", ("pad",), padding=(2, 2, 2, 2), groups=8), weight, INT8)
+    return b.finish()
 
 
 @pytest.mark.slow
@@ -504,8 +530,7 @@ def test_other_cpus_give_the_same_bits(name, tmp_path):
     if missing := [tool for tool in (cross, emulator[0]) if tool and not shutil.which(tool)]:
         pytest.skip(f"{missing[0]} is not installed")
     tool = compiler()
-    for seed in range(4):
-        program = network(seed, (3, 16, 16), INT8)
+    for program in (*(network(seed, (3, 16, 16), INT8) for seed in range(4)), block()):
         generated = generate(program, isa)
         (tmp_path / "a.c").write_text(generated.source + MAIN)
         flags = [f for f in tool.flags(isa) if f not in {"-shared", "-fPIC"}]

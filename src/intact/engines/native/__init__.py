@@ -49,7 +49,8 @@ class NativeEngine:
 
     isa      an instruction set of `isas()`, or "auto": the best one here
     threads  most threads that share a batch; None: one for each CPU that this process may use
-    fuse     False: every tensor of the program is made, so that a hook sees them all
+    fuse     False: every tensor of the program is made, so that a hook sees them all, but of views:
+             reshapes, permutations, slices and upsampled tensors
 
     A build is compared with the reference engine before its first use and refused if one bit
     differs. Raises `EngineUnavailableError` where there is no compiler, or the CPU, the operating

@@ -30,7 +30,12 @@ class Isa:
 
 ISAS: dict[str, Isa] = {
     "amx": Isa(
-        (*_AVX512, "avx512vnni", "amx-tile", "amx-int8"), "_tile_zero(0); _tile_dpbssd(0, 1, 2);"
+        (*_AVX512, "avx512vnni", "avx512vbmi", "amx-tile", "amx-int8"),
+        "_tile_zero(0); _tile_dpbssd(0, 1, 2);",
+    ),
+    "avx512vbmi": Isa(
+        (*_AVX512, "avx512vnni", "avx512vbmi"),
+        "volatile __m512i v = _mm512_setzero_si512(); v = _mm512_permutex2var_epi8(v, v, v);",
     ),
     "avx512vnni": Isa(
         (*_AVX512, "avx512vnni"),

@@ -2,8 +2,8 @@
 
 The portable kernels are C99 that any compiler takes and any CPU runs. They are written so that a
 compiler vectorises them: contiguous bytes, constant shapes, no branch inside. The emitters for
-vector instructions replace the kernel of a `MatMul` and the loading of the input; everything else
-stands here once.
+vector instructions replace the kernels of a `MatMul` and a `Lookup` and the loading of the input;
+everything else stands here once.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from intact.engines.native.plan import (
     Elementwise,
     Gather,
     Layout,
+    Lookup,
     MatMul,
     Maximum,
     Place,
     Plan,
+    Product,
     Requantization,
     Step,
     make_plan,
@@ -142,7 +144,7 @@ class Tables:
 class Emitter:
     """The portable kernels; a subclass answers for the steps that it does better.
 
-    `load` and `matmul` may return None: then the portable kernel is taken.
+    `load`, `matmul` and `lookup` may return None: then the portable kernel is taken.
     """
 
     layout = Layout()
@@ -159,6 +161,11 @@ class Emitter:
 
     def matmul(self, step: MatMul, name: str) -> str | None:
         """The body of a convolution or linear layer."""
+        del step, name
+        return None
+
+    def lookup(self, step: Lookup, name: str) -> str | None:
+        """The body of a table look-up."""
         del step, name
         return None
 
@@ -179,6 +186,7 @@ def emitters() -> dict[str, type[Emitter]]:
 
     return {
         "amx": Amx,
+        "avx512vbmi": Avx512Vnni,
         "avx512vnni": Avx512Vnni,
         "avx512": Avx2,  # whose other kernels the compiler vectorises for wider vectors
         "avx2": Avx2,
@@ -235,6 +243,16 @@ def pointer(name: str, place: Place, *, const: bool, sample: str = "s") -> str:
     qualifier = "const " if const else ""
     move = f" + (size_t){sample} * {place.sample}" if place.sample else ""
     return f"{qualifier}uint8_t *{name} = arena + {place.offset}{move};"
+
+
+def filled(place: Place, pointer_name: str) -> str:
+    """Statements that set what no step writes: the border, and the constant of a `Pad`."""
+    parts = [fill_border(place, pointer_name)]
+    if place.fill is not None:
+        row = f"memset({pointer_name} + y * {place.row}, {place.fill}, "
+        row += f"{place.width * place.pixel});"
+        parts.append(loop("y", place.height, row))
+    return "\n".join(filter(None, parts))
 
 
 def fill_border(place: Place, pointer_name: str) -> str:
@@ -373,10 +391,10 @@ class _File:
         return loop("i", len(offsets), f"{target}[i] = (uint8_t)(x[{table}[i]]{flip});")
 
     def _init(self) -> str:
-        """Borders of the tensors that share their bytes with nobody."""
+        """What no step writes of the tensors that share their bytes with nobody."""
         lines = ["uint8_t *const arena = memory;", "(void)arena;"]
         for place in self._stored():
-            fill = "" if place.fill_each else fill_border(place, "x")
+            fill = "" if place.fill_each else filled(place, "x")
             if fill:
                 block = f"{pointer('x', place, const=False)}\n{fill}"
                 count = self.plan.block if place.sample else 1
@@ -444,9 +462,11 @@ class _File:
 
     def _layer(self, index: int, step: Step) -> str:
         name = f"layer{index}_{identifier(step.name)}"
-        sources = (
-            (step.source,) if isinstance(step, MatMul | Average | Maximum) else tuple(step.sources)
-        )
+        sources: tuple[Place, ...]
+        if isinstance(step, MatMul | Average | Maximum | Lookup):
+            sources = (step.source,)
+        else:
+            sources = step.sources
         ops = " + ".join(f"{type(op).__name__} {clean(op.name)}" for op in step.ops)
         title = f"{ops}: {', '.join(map(shape_text, sources))} -> {shape_text(step.target)}"
         rows = isinstance(step, MatMul) and step.rows
@@ -461,7 +481,7 @@ class _File:
             if step.addend is not None:
                 lines.append(pointer("addend", step.addend, const=True, sample=counter))
         if step.target.fill_each:
-            lines.append(fill_border(step.target, "to"))
+            lines.append(filled(step.target, "to"))
         lines.append(self._body(step, name))
         argument = "n" if rows else "s"
         signature = f"{name}(uint8_t *arena, uint32_t {argument})"
@@ -483,6 +503,10 @@ class _File:
                 return maximum(step)
             case Elementwise():
                 return self._elementwise(step, name)
+            case Product():
+                return product(step)
+            case Lookup():
+                return self.emitter.lookup(step, name) or self._lookup(step, name)
             case Concatenate():
                 return concatenate(step)
             case Gather():
@@ -551,7 +575,7 @@ class _File:
         body.append(f"uint8_t code = requantize(sum, {m}[o], {bounds(step.requantization)});")
         if step.addend is not None:
             body.append(added(step, "code", "with[o]"))
-        body.append("out[o] = code;")
+        body.append(f"out[o] = {self._looked_up(step, name, 'code')};")
         if step.groups > 1:
             channel = loop("i", group, "\n".join((f"const int o = g * {group} + i;", *body)))
             shift = f"const uint8_t *const group = window + g * {channels};"
@@ -615,11 +639,18 @@ class _File:
             add = each(f"acc[c] += (uint32_t)((int32_t)window[{tap} + c] * {factor});")
             body.append(loop("ky", kh, loop("kx", kw, add)))
         sum_ = f"(int32_t)(acc[c] + (uint32_t){b}[c0 + c])"
-        body.append(
-            each(f"out[c] = requantize({sum_}, {m}[c0 + c], {bounds(step.requantization)});")
-        )
+        code = f"requantize({sum_}, {m}[c0 + c], {bounds(step.requantization)})"
+        body.append(each(f"out[c] = {code};"))
+        if step.table is not None:  # apart, as compilers make no vectors of a look-up
+            body.append(each(f"out[c] = {self._looked_up(step, name, 'out[c]')};"))
         chunks = f"for (int c0 = 0; c0 < {channels}; c0 += {chunk}) {{\n"
         return self._positions(step, chunks + indent("\n".join(body)) + "\n}")
+
+    def _looked_up(self, step: MatMul, name: str, code: str) -> str:
+        """The code, or its entry in the fused table."""
+        if step.table is None:
+            return code
+        return f"{self.tables.add(f'{name}_table', step.table)}[{code}]"
 
     def _average(self, step: Average, name: str) -> str:
         source, target = step.source, step.target
@@ -656,17 +687,26 @@ class _File:
             m = self.tables.add(f"{name}_multiplier", rule.multiplier[:1])
             value = f"requantize((int32_t){{0}} - {step.sources[0].zero}, {m}[0], {bounds(rule)})"
             return over_elements(step, f"{{to}} = {value};")
-        first = "(int32_t){0}"
-        total = f"{first} + {{1}} - {zero}" if len(step.sources) == 2 else first
+        total = "(int32_t){0}"
+        if len(step.sources) == 2:
+            total += f" - {{1}} + {zero}" if step.subtracts else f" + {{1}} - {zero}"
         clamp = f"v = v > {low} ? v : {low};\n{{to}} = (uint8_t)(v < {high} ? v : {high});"
         return over_elements(step, f"int32_t v = {total};\n{clamp}")
+
+    def _lookup(self, step: Lookup, name: str) -> str:
+        table = self.tables.add(f"{name}_table", step.table)
+        rows = len(step.table)
+        if rows == 1:
+            return over_elements(step, f"{{to}} = {table}[{{0}}];")
+        row = "c" if step.channels else f"x_ / {step.target.width // rows}"
+        return over_elements(step, f"{{to}} = {table}[({row}) * 256 + {{0}}];", flat=False)
 
     def _gather(self, step: Gather, name: str) -> str:
         lines = []
         for i, (index, places) in enumerate(zip(step.index, step.places, strict=True)):
             source = "x" if len(step.sources) == 1 else f"x{i}"
             if loops := strided(places, index):
-                lines.append(nested(loops, f"to[{{0}}] = {source}[{{1}}];"))
+                lines.append(copied(loops, source))
                 continue
             first = int(places[0])
             at = f"i + {first}"
@@ -705,28 +745,52 @@ def added(step: MatMul, code: str, other: str) -> str:
         m = f"{float(rule.multiplier[0]).hex()}f"
         other = f"requantize({other} - {step.addend.zero}, {m}, {bounds(rule)})"
     return (
-        f"int32_t total = (int32_t){code} + {other} - {step.target.zero};\n"
+        f"int32_t total = (int32_t){code} + {other} - {step.sum_zero};\n"
         f"total = total > {low} ? total : {low};\n"
         f"{code} = (uint8_t)(total < {high} ? total : {high});"
     )
 
 
-def over_elements(step: Elementwise, statement: str) -> str:
-    """Loops over all elements; `{0}`, `{1}` and `{to}` stand for their bytes."""
+def over_elements(
+    step: Elementwise | Product | Lookup, statement: str, *, flat: bool = True
+) -> str:
+    """Loops over all elements; `{0}`, `{1}` and `{to}` stand for their bytes.
+
+    Of a source of one channel, row or column where the target has several it is always that one.
+
+    flat  False: always with a loop over columns, `x_`, and one over channels, `c`
+    """
     target = step.target
-    names = ["x"] if len(step.sources) == 1 else [f"x{i}" for i in range(len(step.sources))]
-    packed = all(p.pixel == p.channels for p in (*step.sources, target))
+    sources = (step.source,) if isinstance(step, Lookup) else step.sources
+    names = ["x"] if len(sources) == 1 else [f"x{i}" for i in range(len(sources))]
+    places = (*sources, target)
 
     def spread(at: Callable[[Place], str]) -> str:
-        operands = [f"{n}[{at(p)}]" for n, p in zip(names, step.sources, strict=True)]
+        operands = [f"{n}[{at(p)}]" for n, p in zip(names, sources, strict=True)]
         return statement.format(*operands, to=f"to[{at(target)}]")
 
-    if packed:
-        inner = loop("i", target.width * target.channels, spread(lambda p: f"y * {p.row} + i"))
+    def down(place: Place) -> str:
+        return f"y * {place.row} + " if place.height == target.height else ""
+
+    def element(place: Place) -> str:
+        right = f"x_ * {place.pixel} + " if place.width == target.width else ""
+        return f"{down(place)}{right}{'c' if place.channels == target.channels else '0'}"
+
+    along = all(p.pixel == p.channels == target.channels for p in places)
+    if flat and along and all(p.width == target.width for p in places):
+        inner = loop("i", target.width * target.channels, spread(lambda p: f"{down(p)}i"))
     else:
-        body = spread(lambda p: f"y * {p.row} + x_ * {p.pixel} + c")
-        inner = loop("x_", target.width, loop("c", target.channels, body))
+        inner = loop("x_", target.width, loop("c", target.channels, spread(element)))
     return loop("y", target.height, inner)
+
+
+def product(step: Product) -> str:
+    """`(a - za) * (b - zb)`, requantized."""
+    first, second = step.sources
+    m = f"{float(step.requantization.multiplier[0]).hex()}f"
+    acc = f"((int32_t){{0}} - {first.zero}) * ((int32_t){{1}} - {second.zero})"
+    value = f"requantize({acc}, {m}, {bounds(step.requantization)})"
+    return over_elements(step, f"{{to}} = {value};")
 
 
 def maximum(step: Maximum) -> str:
@@ -787,6 +851,15 @@ def nested(loops: _Strides, statement: str) -> str:
     for k, (count, _) in reversed(list(enumerate(loops.rounds))):
         text = loop(f"i{k}", count, text)
     return text
+
+
+def copied(loops: _Strides, source: str) -> str:
+    """Loops that copy to the first index from the second one: bytes, or runs of them."""
+    if loops.rounds and loops.rounds[-1][1] == [1, 1]:
+        run = loops.rounds[-1][0]
+        outer = _Strides(loops.first, loops.rounds[:-1])
+        return nested(outer, f"memcpy(to + {{0}}, {source} + {{1}}, {run});")
+    return nested(loops, f"to[{{0}}] = {source}[{{1}}];")
 
 
 def concatenate(step: Concatenate) -> str:

@@ -41,6 +41,7 @@ from intact.engines.native.emit_avx512 import (
     _blocks,
     _ChannelLanes,
     _grouped,
+    fused_table,
 )
 from intact.engines.native.plan import Layout, MatMul, Place, align
 from intact.ops import Pair
@@ -579,6 +580,7 @@ class _Tiles(_ChannelLanes):
         self.emitter = emitter
         self.step = step
         self.name = name
+        self.table = fused_table(emitter.tables, step, name)
         self.group_out = len(step.weight)
         self.all_vectors = -(-self.group_out // LANES)
         self.tiling = tiling

@@ -101,6 +101,7 @@ class _Kernel:
         self.bias = tables.add(f"{name}_bias", self._per_channel(step.bias))
         multiplier = self._per_channel(step.requantization.multiplier)
         self.multiplier = tables.add(f"{name}_multiplier", multiplier)
+        self.table = "" if step.table is None else tables.add(f"{name}_table", step.table)
 
     def _tile(self) -> _Tile:
         """The tile with most products per operation: two per product, two per pair of bytes."""
@@ -152,13 +153,20 @@ class _Kernel:
         step = self.step
         per_vector = math.prod(self.taps) * self.pairs * BYTES
         passes = []
-        for first, vectors in self._chunks():
-            valid = min(self.group_out - first * LANES, vectors * LANES)
-            where = f"(g * {self.all_vectors} + {first}) * {per_vector}"
+
+        def kind(chunk: tuple[int, int]) -> tuple[int, int]:
+            first, vectors = chunk
+            return vectors, min(self.group_out - first * LANES, vectors * LANES)
+
+        # Passes that store alike are one loop: compilers take long over a wide layer's many.
+        for (vectors, valid), chunks in itertools.groupby(self._chunks(), kind):
+            alike = list(chunks)
+            where = f"(size_t)(g * {self.all_vectors} + v0) * {per_vector}"
             head = [
-                f"const int at = g * {self.all_vectors * LANES} + {first * LANES};",
-                f"const int8_t *const weights = {self.weight} + (size_t){where};",
-                f"const int channel = g * {self.group_out} + {first * LANES};",
+                f"const int v0 = {alike[0][0]} + part * {vectors};",
+                f"const int at = g * {self.all_vectors * LANES} + v0 * {LANES};",
+                f"const int8_t *const weights = {self.weight} + {where};",
+                f"const int channel = g * {self.group_out} + v0 * {LANES};",
                 *(f"const V b{v} = LOAD({self.bias} + at + {v * LANES});" for v in range(vectors)),
                 *(
                     f"const __m256 m{v} = _mm256_loadu_ps({self.multiplier} + at + {v * LANES});"
@@ -166,7 +174,7 @@ class _Kernel:
                 ),
             ]
             inner = self._samples(vectors, valid) if step.rows else self._image(vectors, valid)
-            passes.append("{\n" + indent("\n".join([*head, inner])) + "\n}")
+            passes.append(loop("part", len(alike), "\n".join([*head, inner])))
         return loop("g", step.groups, "\n".join(passes))
 
     def _samples(self, vectors: int, valid: int) -> str:
@@ -243,19 +251,20 @@ class _Kernel:
         text = loop("ky", kh, loop("kx", kw, text) if kw > 1 else text)
         lines += ["const int8_t *w = weights;", text]
         rule = step.requantization
-        for i in range(outputs):
-            stored = [f"int32_t codes[{vectors * LANES}];"]
-            for v in range(vectors):
-                first = i * len(inside)
-                highest = f"a{first}_{v}"
-                for p in range(first + 1, first + len(inside)):
-                    highest = f"_mm256_max_epi32({highest}, a{p}_{v})"
-                value = f"requantized({highest}, m{v}, {bounds(rule)})"
-                stored.append(f"_mm256_storeu_si256((V *)(void *)(codes + {v * LANES}), {value});")
-            each = "uint8_t code = (uint8_t)codes[c];"
-            if step.addend is not None:
-                each += "\n" + added(step, "code", f"with[{i * step.addend.pixel} + c]")
-            each += f"\nout[{i * pixel} + c] = code;"
-            stored.append(loop("c", valid, each))
-            lines.append("{\n" + indent("\n".join(stored)) + "\n}")
+        lines.append(f"int32_t codes[{outputs}][{vectors * LANES}];")
+        for i, v in itertools.product(range(outputs), range(vectors)):
+            first = i * len(inside)
+            highest = f"a{first}_{v}"
+            for p in range(first + 1, first + len(inside)):
+                highest = f"_mm256_max_epi32({highest}, a{p}_{v})"
+            value = f"requantized({highest}, m{v}, {bounds(rule)})"
+            to = f"(V *)(void *)(codes[{i}] + {v * LANES})"
+            lines.append(f"_mm256_storeu_si256({to}, {value});")
+        # A loop, as compilers take long over the same statements for each output.
+        each = "uint8_t code = (uint8_t)codes[i][c];"
+        if step.addend is not None:
+            each += "\n" + added(step, "code", f"with[i * {step.addend.pixel} + c]")
+        code = f"{self.table}[code]" if self.table else "code"
+        each += f"\nout[i * {pixel} + c] = {code};"
+        lines.append(loop("i", outputs, loop("c", valid, each)))
         return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""AVX-512 with VNNI: convolutions and linear layers on `vpdpbusd`.
+"""AVX-512 with VNNI: convolutions and linear layers on `vpdpbusd`, tables on shuffles.
 
 `vpdpbusd` adds four products of unsigned and signed bytes to each int32 lane, without saturation.
 Lanes are output channels: four bytes of the input are broadcast and meet 16 x 4 weights. The
 accumulators of a tile of pixels by channels stay in registers. Where the first layer has few
-channels, lanes are pixels instead.
+channels, lanes are pixels instead. With VBMI a table of 256 codes is two shuffles (`vpermi2b`).
 
 On the machines this was written for, a tile's speed is that of its slower half: one dot product or
 one load per cycle. `_tile` picks the shape of the tile by counting both.
@@ -20,14 +20,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from intact.engines.native.emit import Emitter, indent, loop
-from intact.engines.native.plan import MOST_UNROLLED, Layout, MatMul, Place, Requantization
+from intact.engines.native.emit import Emitter, Tables, indent, loop
+from intact.engines.native.plan import (
+    MOST_UNROLLED,
+    Layout,
+    Lookup,
+    MatMul,
+    Place,
+    Requantization,
+)
 
 __all__ = ["Avx512Vnni"]
 
 Array = npt.NDArray[Any]
 
 LANES = 16
+BYTES = 64
+"""Of a vector."""
 REGISTERS = 32
 MOST_HELD = 4
 """Vectors of pixels of a row's phase that are held in registers, at most."""
@@ -108,6 +117,28 @@ static inline V clamped(V codes, int low, int high)
     if (high < 255)
         codes = _mm512_min_epu8(codes, _mm512_set1_epi8((char)high));
     return codes;
+}
+
+/* What a table of 256 bytes has for each of 64 codes. */
+static inline V looked_up(V codes, const uint8_t *table)
+{
+#ifdef __AVX512VBMI__
+    const V low = _mm512_permutex2var_epi8(LOAD(table), codes, LOAD(table + 64));
+    const V high = _mm512_permutex2var_epi8(LOAD(table + 128), codes, LOAD(table + 192));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+#else
+    V found = _mm512_setzero_si512();
+    for (int i = 0; i < 256; i += 16) {
+        /* Below 16 where the code is in this part of the table. What is above gets its highest bit
+           set, for which the shuffle gives 0. */
+        const V at = _mm512_xor_si512(codes, _mm512_set1_epi8((char)i));
+        const V index = _mm512_adds_epu8(at, _mm512_set1_epi8(0x70));
+        const __m128i part = _mm_loadu_si128((const __m128i *)(const void *)(table + i));
+        const V entries = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(part), index);
+        found = _mm512_or_si512(found, entries);
+    }
+    return found;
+#endif
 }
 
 /* Rounded accumulators to stored codes that stay int32. */
@@ -217,6 +248,32 @@ class Avx512Vnni(Emitter):
         if step.pixel_lanes:
             return _PixelLanes(self, step, name).body()
         return _ChannelLanes(self, step, name).body()
+
+    def lookup(self, step: Lookup, name: str) -> str | None:
+        """A table look-up, 64 codes at a time, where rows are whole and have one table."""
+        source, target = step.source, step.target
+        if len(step.table) > 1 or (source.pixel, target.pixel) != (source.channels,) * 2:
+            return None
+        table = self.tables.add(f"{name}_table", step.table)
+        rows, length = target.height, target.width * target.channels
+        if source.dense and target.dense:
+            rows, length = 1, rows * length
+        lines = [
+            f"const uint8_t *const from = x + y * {source.row};",
+            f"uint8_t *const out = to + y * {target.row};",
+        ]
+        whole, rest = length - length % BYTES, length % BYTES
+        if whole:
+            lines.append(
+                f"for (int i = 0; i < {whole}; i += {BYTES}) {{\n"
+                f"    _mm512_storeu_si512(out + i, looked_up(LOAD(from + i), {table}));\n}}"
+            )
+        if rest:
+            mask = f"{(1 << rest) - 1:#x}u"
+            codes = f"_mm512_maskz_loadu_epi8({mask}, from + {whole})"
+            stored = f"looked_up({codes}, {table})"
+            lines.append(f"_mm512_mask_storeu_epi8(out + {whole}, {mask}, {stored});")
+        return loop("y", rows, "\n".join(lines))
 
 
 class _HeldPixels:
@@ -329,6 +386,7 @@ class _ChannelLanes:
         self.emitter = emitter
         self.step = step
         self.name = name
+        self.table = fused_table(emitter.tables, step, name)
         self.group_out = len(step.weight) // step.groups
         self.all_vectors = -(-self.group_out // LANES)
         self.tile = self._tile()
@@ -605,10 +663,11 @@ class _ChannelLanes:
                 inner.append(gather_pieces("other", "e", list(_pieces(with_))))
                 if step.addend_rule is not None:
                     inner.append(f"other = {rescaled('other', step.addend, step.addend_rule)};")
-                inner.append(f"codes = added(codes, other, {step.target.zero});")
+                inner.append(f"codes = added(codes, other, {step.sum_zero});")
                 if step.sum_range != (0, 255):
                     low, high = step.sum_range
                     inner.append(f"codes = clamped(codes, {low}, {high});")
+            inner += look_up("codes", self.table)
             for offset, mask in pieces:
                 if mask == 2**64 - 1:
                     inner.append(f"_mm512_storeu_si512(o + {offset}, codes);")
@@ -633,6 +692,7 @@ class _PixelLanes:
         self.emitter = emitter
         self.step = step
         self.name = name
+        self.table = fused_table(emitter.tables, step, name)
 
     def body(self) -> str:
         """The function's statements."""
@@ -704,6 +764,7 @@ class _PixelLanes:
             joined = parts[0]
             for part in parts[1:]:
                 joined = f"_mm512_or_si512({joined},\n        {part})"
+            joined = f"looked_up({joined}, {self.table})" if self.table else joined
             body.append(f"_mm512_storeu_si512(codes[{d}], {joined});")
         copies = "\n".join(
             f"memcpy(out + {d * 4}, &codes[{d}][i], {min(4, out_channels - d * 4)});"
@@ -744,6 +805,7 @@ class _Depthwise:
         self.emitter = emitter
         self.step = step
         self.name = name
+        self.table = fused_table(emitter.tables, step, name)
 
     def body(self) -> str:
         """The function's statements."""
@@ -777,6 +839,7 @@ class _Depthwise:
                 inner.append(f"V codes{i} = packed_interleaved({values}, {rule.zero});")
                 if (rule.low, rule.high) != (0, 255):
                     inner.append(f"codes{i} = clamped(codes{i}, {rule.low}, {rule.high});")
+                inner += look_up(f"codes{i}", self.table)
                 inner.append(f"_mm512_mask_storeu_epi8(o + {i * target.pixel}, mask, codes{i});")
             lines.append(loop("b", blocks, "\n".join(inner)))
             done += count * blocks
@@ -876,6 +939,17 @@ def rescaled(codes: str, place: Place, rule: Requantization) -> str:
     """The call that moves a vector of stored codes to another grid."""
     m = f"{float(rule.multiplier[0]).hex()}f"
     return f"rescaled({codes}, {place.zero}, {m}, {rule.zero}, {rule.low}, {rule.high})"
+
+
+def fused_table(tables: Tables, step: MatMul, name: str) -> str:
+    """The name of the table that is fused into a layer, or nothing."""
+    return "" if step.table is None else tables.add(f"{name}_table", step.table)
+
+
+def look_up(codes: str, table: str) -> Iterator[str]:
+    """The statement that looks a vector of stored codes up, if there is a table."""
+    if table:
+        yield f"{codes} = looked_up({codes}, {table});"
 
 
 def _blocks(width: int, size: int) -> list[int]:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import assert_never
 
-from intact.arithmetic import QParams, multiplier_value
+from intact.arithmetic import QParams, code_range, multiplier_value, quantize
 from intact.errors import EngineUnavailableError
 from intact.ops import (
     Add,
@@ -35,13 +35,19 @@ from intact.ops import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Multiply,
     Op,
+    Pad,
     Padding,
     Pair,
     Permute,
     Requantize,
     Reshape,
     Shape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
 )
 from intact.program import Program, QTensor
 
@@ -51,10 +57,12 @@ __all__ = [
     "Elementwise",
     "Gather",
     "Layout",
+    "Lookup",
     "MatMul",
     "Maximum",
     "Place",
     "Plan",
+    "Product",
     "Requantization",
     "Step",
     "TooLargeError",
@@ -129,6 +137,8 @@ class Place:
     row_phase    bytes from a row phase to the next
     sample  bytes from a sample to the next, where a block of samples is held, else 0
     start, size   the bytes it owns, all samples and slack included
+    fill_each   whether others share its bytes, so that border and `fill` are written each time
+    fill    the stored constant of a `Pad`, which all elements have that its step does not write
     """
 
     tensor: str
@@ -149,6 +159,7 @@ class Place:
     start: int = 0
     size: int = 0
     fill_each: bool = False
+    fill: int | None = None
 
     @property
     def offset(self) -> int:
@@ -215,6 +226,8 @@ class MatMul:
     addend      the other operand of a fused addition
     addend_rule what moves the addend to the common grid first, where a `Requantize` is fused too
     sum_range   the range of the addition's stored codes
+    sum_zero    the stored zero point of the addition
+    table       uint8 [256], what becomes of each stored code at last where a `Table` is fused
     rows        whether pixels are the samples of a block: a linear layer of the tail
     """
 
@@ -234,6 +247,8 @@ class MatMul:
     addend: Place | None = None
     addend_rule: Requantization | None = None
     sum_range: Pair = (0, 255)
+    sum_zero: int = 0
+    table: Array | None = None
     rows: bool = False
     pixel_lanes: bool = False
 
@@ -274,7 +289,10 @@ class Maximum:
 
 @dataclass(frozen=True, slots=True)
 class Elementwise:
-    """A map of one or two tensors, element by element: add, clamp, requantize."""
+    """A map of one or two tensors, element by element: add, subtract, clamp, requantize.
+
+    subtracts   whether the second operand is taken off
+    """
 
     name: str
     ops: tuple[Op, ...]
@@ -283,6 +301,38 @@ class Elementwise:
     low: int
     high: int
     requantization: Requantization | None = None
+    subtracts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Two tensors multiplied element by element, then requantized.
+
+    sources  of the target's channels, height and width; the second one is repeated along those of
+             which it has 1
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    sources: tuple[Place, Place]
+    target: Place
+    requantization: Requantization
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Stored codes looked up in a table.
+
+    table     uint8 [rows, 256]: the target's stored code for each stored code of the source
+    channels  whether it has a row per channel; else one per `target.width / rows` pixels
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    source: Place
+    target: Place
+    table: Array
+    channels: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,10 +347,10 @@ class Concatenate:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Bytes of one tensor (or several) in another order.
+    """Bytes of one tensor (or several) in another order, some of them not at all or repeatedly.
 
     index   per source, int32 [elements of the target that it gives]: byte offsets from its `offset`
-    places  per source, int32 of the same length: byte offsets from the target's `offset`
+    places  per source, int32 of the same length: byte offsets from the target's `offset`, rising
     """
 
     name: str
@@ -311,7 +361,7 @@ class Gather:
     places: tuple[Array, ...]
 
 
-Step: TypeAlias = MatMul | Average | Maximum | Elementwise | Concatenate | Gather
+Step: TypeAlias = MatMul | Average | Maximum | Elementwise | Product | Lookup | Concatenate | Gather
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +390,10 @@ class Plan:
 
 @dataclass
 class _View:
-    """A tensor that is another one's elements in another shape or order, and is not stored."""
+    """A tensor whose elements are those of another one, which is not stored.
+
+    In another shape or order, or only some of them, or each of them several times.
+    """
 
     root: str
     index: Array  # for each of its elements, in row-major order, the index in the root's
@@ -356,6 +409,7 @@ class _Draft:
     pool: Pair = (1, 1)
     addend: str | None = None
     addend_op: Requantize | None = None
+    table: Table | None = None
     rows: bool = False
     view: _View | None = None  # a view that must be stored
 
@@ -363,7 +417,8 @@ class _Draft:
 def make_plan(program: Program, layout: Layout, *, fuse: bool = True) -> Plan:
     """Plan the program.
 
-    fuse  False stores every op's result (but of those that only rename bytes), for comparison
+    fuse  False stores every op's result, for comparison; not those that only rename, select or
+          repeat bytes
     """
     return _Planner(program, layout, fuse).plan()
 
@@ -380,6 +435,8 @@ class _Planner:
                 self.readers.setdefault(tensor, []).append(op)
         self.views: dict[str, _View] = {}
         self.across: set[str] = set()  # convolutions that are computed across pixels
+        self.makers: dict[str, _Draft] = {}  # of every stored tensor
+        self.reading: dict[str, list[_Draft]] = {}  # of every stored tensor, views of it included
 
     # -- what is fused, and what is only renamed ---------------------------------------------------
 
@@ -387,7 +444,11 @@ class _Planner:
         drafts = self._draft()
         tail = self._tail(drafts)
         names = (self.program.input, *(draft.name for draft in drafts))
-        places = {name: self._place(name, drafts) for name in names}
+        for draft in drafts:
+            self.makers[draft.name] = draft
+            for root in {self._root(tensor) for tensor in draft.reads}:
+                self.reading.setdefault(root, []).append(draft)
+        places = {name: self._place(name) for name in names}
         block = BLOCK if tail else 1
         while block > 1 and block * sum(places[t].size for t in self._held(tail)) > BLOCK_BYTES:
             block //= 2
@@ -426,8 +487,13 @@ class _Planner:
         rescaled: dict[str, Requantize] = {}  # likewise, on the addend's side
         position = {op.name: i for i, op in enumerate(self.program.ops)}
         for op in self.program.ops:
-            if isinstance(op, Reshape | Permute):
+            if isinstance(op, Reshape | Permute | Slice | Upsample):
                 self._view(op)
+                continue
+            if self.fuse and isinstance(op, Table) and self._looks_up(op, drafts):
+                continue
+            if isinstance(op, Multiply) and not self._repeats_regularly(op):
+                drafts += self._repeated(op)
                 continue
             if self.fuse and isinstance(op, Conv2d):
                 reader = self._only_reader(op.name)
@@ -462,19 +528,48 @@ class _Planner:
 
         So its operand and its result are copied to tensors of four axes, which are stored as is.
         """
-        view = self.views.get(op.inputs[0])
         drafts = []
-        before, after = f"{op.name} (operand)", f"{op.name} (result)"
+        before, after = copy_name(op, "operand"), copy_name(op, "result")
         for copy, original in ((before, op.inputs[0]), (after, op.name)):
             spec = self.tensors[original]
             self.tensors[copy] = QTensor((1, *spec.shape), spec.qparams)
-        if view is None:
-            view = _View(op.inputs[0], np.arange(math.prod(self.tensors[op.inputs[0]].shape)))
+        view = self._elements(op.inputs[0])
         drafts.append(_Draft((op,), before, (view.root,), view=view))
         drafts.append(_Draft((op,), after, (before,)))
         same = np.arange(math.prod(self.tensors[op.name].shape))
         drafts.append(_Draft((op,), op.name, (after,), view=_View(after, same)))
         return drafts
+
+    def _repeats_regularly(self, op: Multiply) -> bool:
+        """Whether the second operand, as it is stored, is whole or 1 along every axis."""
+        first, second = (image_shape(self.tensors[i].shape) for i in op.inputs)
+        return all(n in (1, size) for n, size in zip(second, first, strict=True))
+
+    def _repeated(self, op: Multiply) -> list[_Draft]:
+        """A product of more than three axes, some of them repeated: of a copy that has them all."""
+        name = copy_name(op, "operand")
+        shape = self.tensors[op.inputs[0]].shape
+        spec = self.tensors[op.inputs[1]]
+        view = self._elements(op.inputs[1])
+        index = np.broadcast_to(view.index.reshape(spec.shape), shape).reshape(-1)
+        self.tensors[name] = QTensor(shape, spec.qparams)
+        drafts: list[_Draft] = []
+        self._store_view(op.inputs[0], drafts)
+        drafts.append(_Draft((op,), name, (view.root,), view=_View(view.root, index)))
+        drafts.append(_Draft((op,), op.name, (op.inputs[0], name)))
+        return drafts
+
+    def _looks_up(self, op: Table, drafts: list[_Draft]) -> bool:
+        """Fuse a table of one row into the layer that only it reads, if there is one."""
+        source = op.inputs[0]
+        if self._only_reader(source) != op or len(self.program.parameters[f"{op.name}.table"]) > 1:
+            return False
+        for draft in drafts:
+            layer = isinstance(draft.ops[0], Conv2d | Linear) and draft.view is None
+            if draft.name == source and layer and draft.table is None:
+                draft.ops, draft.name, draft.table = (*draft.ops, op), op.name, op
+                return True
+        return False
 
     def _pools(self, conv: Conv2d, reader: Op | None) -> bool:
         """Whether the max pool that reads it can be taken from the accumulators.
@@ -513,20 +608,34 @@ class _Planner:
         weight = self.program.parameters[f"{conv.name}.weight"]
         return conv.groups > 1 and weight.shape[1] == 1 and len(weight) == conv.groups
 
-    def _view(self, op: Reshape | Permute) -> None:
-        source = op.inputs[0]
-        shape = self.tensors[source].shape
-        known = self.views.get(source)
-        index = known.index if known else np.arange(math.prod(shape))
-        if isinstance(op, Permute):
-            index = np.transpose(index.reshape(shape), op.axes).reshape(-1)
-        self.views[op.name] = _View(known.root if known else source, index)
+    def _elements(self, tensor: str) -> _View:
+        """The tensor as a view: of itself, if it is none."""
+        whole = np.arange(math.prod(self.tensors[tensor].shape))
+        return self.views.get(tensor) or _View(tensor, whole)
+
+    def _view(self, op: Reshape | Permute | Slice | Upsample) -> None:
+        source = self._elements(op.inputs[0])
+        index = source.index.reshape(self.tensors[op.inputs[0]].shape)
+        match op:
+            case Reshape():
+                pass
+            case Permute():
+                index = np.transpose(index, op.axes)
+            case Slice():
+                kept = slice(op.start, op.stop, op.step)
+                index = index[(slice(None),) * op.axis + (kept,)]
+            case Upsample():
+                for axis, factor in enumerate(op.factors):
+                    index = np.repeat(index, factor, axis)
+            case _:
+                assert_never(op)
+        self.views[op.name] = _View(source.root, index.reshape(-1))
 
     def _store_views(self, op: Op, drafts: list[_Draft]) -> None:
         """Store the views that this op cannot read as they are."""
-        if isinstance(op, Linear) and len(self.tensors[op.inputs[0]].shape) == 1:
-            return  # it reads the root's bytes in their own order, with its weights permuted
-        if isinstance(op, Concat) and not self._channel_concat(op):
+        if isinstance(op, Linear) and self._permutes_weights(op.inputs[0]):
+            return
+        if isinstance(op, Concat | Pad):
             return  # a gather, which reads anything
         for tensor in op.inputs:
             self._store_view(tensor, drafts)
@@ -540,9 +649,24 @@ class _Planner:
             draft = _Draft((op,), tensor, (view.root,), view=view)
             drafts.insert(next(readers, len(drafts)), draft)
 
-    def _channel_concat(self, op: Concat) -> bool:
+    def _permutes_weights(self, tensor: str) -> bool:
+        """Whether a linear layer reads this view's root, with its weights in the order of that.
+
+        A byte that is no element meets a weight of 0. One that is several elements would need the
+        sum of their weights, which int8 does not hold.
+        """
+        if len(self.tensors[tensor].shape) > 1:
+            return False
+        view = self._elements(tensor)
+        most = math.prod(self.tensors[view.root].shape)
+        times = np.bincount(view.index, minlength=most)
+        return bool(times.max() == 1 and 2 * len(view.index) >= most)
+
+    def _concatenates(self, op: Concat) -> bool:
+        """Whether stored pixels lie side by side in the result's."""
         rank = len(self.tensors[op.name].shape)
-        return op.axis == (0 if rank == 3 else rank - 1)
+        channels = op.axis == (0 if rank == 3 else rank - 1)
+        return channels and not any(tensor in self.views for tensor in op.inputs)
 
     def _tail(self, drafts: list[_Draft]) -> list[_Draft]:
         """The linear layers at the end, each on one vector per sample."""
@@ -571,12 +695,12 @@ class _Planner:
 
     # -- where tensors lie -------------------------------------------------------------------------
 
-    def _place(self, name: str, drafts: Sequence[_Draft]) -> Place:
+    def _place(self, name: str) -> Place:
         spec = self.tensors[name]
         channels, height, width = image_shape(spec.shape)
         border = (0, 0, 0, 0)
         convolutions: list[Conv2d] = []
-        readers = [draft for draft in drafts if name in draft.reads]
+        readers = self.reading.get(name, [])
         for draft in readers:
             op = draft.ops[0]
             if isinstance(op, Conv2d) and op.inputs[0] == name:
@@ -616,12 +740,16 @@ class _Planner:
                 phase = packed * each * 4
                 row = phase * phases
                 conv, pool = convolutions[0], readers[0].pool
-                if runs := self._runs_on(conv, pool, self._place(readers[0].name, drafts)):
+                if runs := self._runs_on(conv, pool, self._place(readers[0].name)):
                     row_phases = conv.stride[0] * pool[0]
                     row, plane = runs
                     phase = packed * plane
                     row_phase = phase * phases
         zero = spec.qparams.zero_point + stored_offset(spec.qparams)
+        fill = None
+        maker = self.makers.get(name)
+        if maker and isinstance(op := maker.ops[0], Pad) and any(op.padding):
+            fill = int(quantize(op.value, spec.qparams)) + stored_offset(spec.qparams)
         size = (border[0] + height + border[1]) * row
         if row_phases:
             size = row_phases * row_phase
@@ -642,6 +770,7 @@ class _Planner:
             row_phases,
             row_phase,
             size=align(size + SLACK),
+            fill=fill,
         )
 
     def _runs_on(self, conv: Conv2d, pool: Pair, target: Place) -> Pair | None:
@@ -764,51 +893,79 @@ class _Planner:
                     op.name, draft.ops, source, target,
                     op.kernel, op.stride, op.padding, op.dilation,
                 )  # fmt: skip
-            case Add() | Clamp() | Requantize():
+            case Add() | Subtract() | Clamp() | Requantize():
                 rule = self._requantization(op) if isinstance(op, Requantize) else None
                 low, high = out.qmin + offset, out.qmax + offset
                 sources = tuple(places[i] for i in op.inputs)
-                return Elementwise(op.name, draft.ops, sources, target, low, high, rule)
+                return Elementwise(
+                    op.name, draft.ops, sources, target, low, high, rule, isinstance(op, Subtract)
+                )
+            case Multiply():
+                first, second = (places[i] for i in draft.reads)
+                rule = self._requantization(op)
+                return Product(op.name, draft.ops, (first, second), target, rule)
+            case Table():
+                shape = self.tensors[op.name].shape
+                return Lookup(
+                    op.name, draft.ops, places[op.inputs[0]], target,
+                    self._table(op), channels=len(shape) in {1, 3},
+                )  # fmt: skip
             case Concat():
-                if self._channel_concat(op):
+                if self._concatenates(op):
                     sources = tuple(places[i] for i in op.inputs)
                     return Concatenate(op.name, draft.ops, sources, target)
                 return self._gather(draft, places)
-            case Reshape() | Permute():
+            case Pad():
+                return self._gather(draft, places)
+            case Reshape() | Permute() | Slice() | Upsample():
                 raise AssertionError(op)
             case _:
                 assert_never(op)
 
     def _gather(self, draft: _Draft, places: dict[str, Place]) -> Gather:
-        """Copy elements: a view that must be stored, or a concatenation along another axis."""
+        """Copy elements: a view that must be stored, a concatenation, or what `Pad` surrounds."""
         op = draft.ops[0]
-        spec = self.tensors[draft.name]
+        shape = self.tensors[draft.name].shape
         target = places[draft.name]
-        where = logical_offsets(target, spec.shape)
-        if isinstance(op, Concat):
-            grid = where.reshape(spec.shape)
-            ends = np.cumsum([self.tensors[i].shape[op.axis] for i in op.inputs])
-            parts = np.split(grid, ends[:-1], axis=op.axis)
-            found = [self._resolve(i, places) for i in op.inputs]
-            return Gather(
-                draft.name,
-                draft.ops,
-                tuple(place for place, _ in found),
-                target,
-                tuple(offsets.astype(np.int32) for _, offsets in found),
-                tuple(part.reshape(-1).astype(np.int32) for part in parts),
-            )
-        view = draft.view or _View(op.inputs[0], np.arange(where.size))
-        source = places[view.root]
-        root = self.tensors[view.root].shape
-        offsets = logical_offsets(source, root)[view.index]
+        where = logical_offsets(target, shape).reshape(shape)
+        if draft.view is not None:
+            root = draft.view.root
+            offsets = logical_offsets(places[root], self.tensors[root].shape)
+            sources, found, parts = [places[root]], [offsets[draft.view.index]], [where]
+        else:
+            sources, found = [], []
+            for tensor in op.inputs:
+                place, offsets = self._resolve(tensor, places)
+                sources.append(place)
+                found.append(offsets)
+            if isinstance(op, Concat):
+                ends = np.cumsum([self.tensors[i].shape[op.axis] for i in op.inputs])
+                parts = np.split(where, ends[:-1], axis=op.axis)
+            elif isinstance(op, Pad):
+                widths = zip(op.padding[::2], op.padding[1::2], shape, strict=True)
+                parts = [where[tuple(slice(before, n - after) for before, after, n in widths)]]
+            else:
+                raise AssertionError(op)
+        pairs = [_rising(*pair) for pair in zip(found, parts, strict=True)]
         return Gather(
             draft.name,
             draft.ops,
-            (source,),
+            tuple(sources),
             target,
-            (offsets.astype(np.int32),),
-            (where.astype(np.int32),),
+            tuple(index for index, _ in pairs),
+            tuple(to for _, to in pairs),
+        )
+
+    def _table(self, op: Table) -> Array:
+        """uint8 [rows, 256]: the result's stored code for each stored code, legal or not."""
+        source, out = (self.tensors[name].qparams for name in (op.inputs[0], op.name))
+        codes = np.arange(256) - stored_offset(source)
+        lowest = code_range(source.bits, source.signed)[0]
+        entries = np.clip(codes - lowest, 0, 2**source.bits - 1)
+        table = self.program.parameters[f"{op.name}.table"]
+        _bound(f"the table of {op.name!r}", len(table) * 256, MOST_TENSOR_BYTES)
+        return np.asarray(
+            (table.astype(np.int16) + stored_offset(out)).astype(np.uint8)[:, entries]
         )
 
     def _requantization(self, op: Op) -> Requantization:
@@ -844,10 +1001,9 @@ class _Planner:
         _, height, width = self.tensors[op.name].shape
         x = source.border[2] - left
         first = -top * source.row + source.column(x) - source.column(source.border[2])
-        low, high = 0, 255
-        if draft.addend is not None:
-            out = self.tensors[draft.name].qparams
-            low, high = out.qmin + stored_offset(out), out.qmax + stored_offset(out)
+        # Of what is stored, or looked up at last.
+        out = self.tensors[draft.ops[-1 if draft.table is None else -2].name].qparams
+        offset = stored_offset(out)
         return MatMul(
             draft.name,
             draft.ops,
@@ -864,7 +1020,9 @@ class _Planner:
             draft.pool,
             places[draft.addend] if draft.addend is not None else None,
             self._requantization(draft.addend_op) if draft.addend_op is not None else None,
-            (low, high),
+            (out.qmin + offset, out.qmax + offset),
+            out.zero_point + offset,
+            self._table(draft.table)[0] if draft.table is not None else None,
             pixel_lanes=op.name in self.across,
         )
 
@@ -894,6 +1052,7 @@ class _Planner:
             self._requantization(op),
             first=start,
             out=(1, rows),
+            table=self._table(draft.table)[0] if draft.table is not None else None,
             rows=draft.rows,
         )
 
@@ -908,6 +1067,23 @@ def _bound(what: str, size: int, most: int) -> None:
 def align(size: int) -> int:
     """The next multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def copy_name(op: Op, what: str) -> str:
+    """The name of a tensor that only a plan has; no tensor of a program has a tab in its name."""
+    return f"{op.name}\t{what}"
+
+
+def _rising(index: Array, places: Array) -> tuple[Array, Array]:
+    """Both as int32 in the order in which the target's bytes lie.
+
+    index   offsets in the source, in row-major order
+    places  offsets in the target, in the shape of the elements
+    """
+    index = index.reshape(places.shape)
+    if places.ndim == 3:  # pixels of channels
+        index, places = (np.transpose(each, (1, 2, 0)) for each in (index, places))
+    return index.reshape(-1).astype(np.int32), places.reshape(-1).astype(np.int32)
 
 
 def image_shape(shape: Shape) -> tuple[int, int, int]:

@@ -109,6 +109,7 @@ EXPORT const char *intact_features(void)
         if (avx512 && (b >> 30 & 1)) strcat(found, "avx512bw ");
         if (avx512 && (b >> 31 & 1)) strcat(found, "avx512vl ");
         if (avx512 && (c >> 11 & 1)) strcat(found, "avx512vnni ");
+        if (avx512 && (c >> 1 & 1)) strcat(found, "avx512vbmi ");
         if (amx && (d >> 24 & 1)) strcat(found, "amx-tile ");
         if (amx && (d >> 25 & 1)) strcat(found, "amx-int8 ");
     }
