@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from intact.data import load_dataset, spread, to_input
 from intact.data.preprocessing import PRESETS, Preprocessing
@@ -125,6 +125,8 @@ def test_of_train_and_test_one_is_chosen(tmp_path, pixels, test):
     assert f"holds train and {test}: say which of them is meant" in message
     save(tmp_path / "train" / "c" / "0.png", pixels[0])
     assert "only one of them has c" in refused(tmp_path, **options, part="test")
+    save(tmp_path / {"test": "val", "val": "test"}[test] / "a" / "0.png", pixels[0])
+    assert "train and test and val: say which" in refused(tmp_path, **options, part="test")
 
 
 def test_a_part_that_is_not_there_is_no_other(tmp_path, pixels):
@@ -296,6 +298,8 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path, x):
     assert "If they are one-hot, take labels.argmax(1)" in refused(tmp_path / "b.npz")
     np.savez(tmp_path / "c.npz", x=x, y=LABELS[:10])
     assert "labels are the indices of classes, int64 [11]" in refused(tmp_path / "c.npz")
+    np.savez(tmp_path / "c.npz", x=x, y=3)
+    assert "holds labels int64 [], but labels are" in refused(tmp_path / "c.npz")
     np.savez(tmp_path / "d.npz", x=np.array([{}], object))
     assert "d.npz cannot be read as an array: it holds no numbers" in refused(tmp_path / "d.npz")
     np.save(tmp_path / "e.npy", x[:0])
@@ -395,10 +399,34 @@ def test_data_sets_and_loaders_of_torch(x):
     check(samples.take(4), x[spread(11, 4)], LABELS[spread(11, 4)])
     loader = DataLoader(data, batch_size=3)
     samples = open_samples(loader)
-    assert samples.name == "a DataLoader"
+    assert samples.name == "the given DataLoader"
     check(samples, x, LABELS)
     with pytest.warns(DataWarning, match="the DataLoader shuffles.*shuffle=False"):
         open_samples(DataLoader(data, batch_size=3, shuffle=True))
+
+
+def test_a_data_set_that_can_only_be_iterated_over(x):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.from_numpy(x))
+
+        def __len__(self):
+            return len(x)
+
+    samples = open_samples(Stream(), shape=SHAPE)
+    assert samples.count is None
+    check(samples, x, None)
+
+
+def test_a_data_set_of_batches(x):
+    class Batches:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return x[4 * i : 4 * i + 4]
+
+    check(open_samples(Batches()), x, None)
 
 
 def test_pixels_of_tensors_are_preprocessed(pixels):
@@ -413,25 +441,29 @@ def test_a_generator_can_be_read_once(x):
     samples = open_samples(batch for batch in np.split(x, [4, 7]))
     got, _ = read(samples.take(9))
     assert np.array_equal(got, x[:9])
-    with pytest.raises(DataError, match=r"a generator can be read only once.*Give a list"):
+    with pytest.raises(DataError, match=r"the given generator can be read only once.*Give a list"):
         next(samples.batches(1))
 
 
 def test_elements_that_cannot_be_used_are_numbered(x):
     for elements, options, message in (
-        ([], {}, "a list: there are no samples."),
+        ([], {}, "the given list: there are no samples."),
         (iter([]), {}, "there are no samples."),
-        ([x, x[:0]], {}, "element 1 of a list holds no samples"),
-        ([x, "text"], {}, "element 1 of a list is a str: give tensors"),
-        ([(x, LABELS, 3)], {}, "element 0 of a list is a tuple of 3"),
-        ([(x, LABELS), x], {}, "element 1 of a list has no label, unlike the first"),
-        ([x, (x, LABELS)], {}, "element 1 of a list has a label, unlike the first"),
+        ([x, x[:0]], {}, "element 1 of the given list holds no samples"),
+        ([x, "text"], {}, "element 1 of the given list is a str: give tensors"),
+        ([(x, LABELS, 3)], {}, "element 0 of the given list is a tuple of 3"),
+        ([(x, LABELS), x], {}, "element 1 of the given list has no label, unlike the first"),
+        ([x, (x, LABELS)], {}, "element 1 of the given list has a label, unlike the first"),
         ([(x, LABELS[:3])], {}, "labels int64 [3], but labels are the indices of classes"),
         ([(x, LABELS / 2)], {}, "labels float64 [11], but labels are the indices"),
-        ([x, x[:, :, :5]], {}, "element 1 of a list holds samples of shape [3, 5, 8]"),
+        ([x, x[:, :, :5]], {}, "element 1 of the given list holds samples of shape [3, 5, 8]"),
         ([x], {"shape": (3, 8, 8)}, "shape [3, 6, 8], but the network takes [3, 8, 8]. Resize"),
         ([x.transpose(0, 2, 3, 1)], {"shape": SHAPE}, "move the channels with np.moveaxis"),
-        ([x.astype(np.int32)], {}, "element 0 of a list holds int32, but the network takes floats"),
+        (
+            [x.astype(np.int32)],
+            {},
+            "element 0 of the given list holds int32, but the network takes floats",
+        ),
         ({"x": x}, {}, "samples cannot be read from a dict"),
         (3, {}, "samples cannot be read from a int: give a folder"),
     ):
