@@ -388,6 +388,8 @@ def test_arrays_and_tensors_hold_all_samples(x):
     for whole in (x, torch.from_numpy(x), torch.from_numpy(x).requires_grad_()):
         check(open_samples(whole), x, None)
         check(open_samples((whole, LABELS)), x, LABELS)
+    check(open_samples((x[:4], x[4:])), x, None)  # two batches
+    assert "holds labels float64 [11]" in refused((x, LABELS / 2))
     half = torch.from_numpy(x).to(torch.bfloat16)
     check(open_samples(half), half.float().numpy(), None)
 

@@ -62,7 +62,7 @@ def _whole(source: object) -> tuple[Array, Array | None] | None:
     """The array of all samples, and that of their labels, if that is what was given."""
     if isinstance(source, tuple) and len(source) == 2:
         x, labels = _array(source[0]), _array(source[1])
-        if x is not None and labels is not None and x.ndim and labels.dtype.kind in "iu":
+        if x is not None and labels is not None and x.ndim and labels.ndim == 1:
             return x, labels
     x = _array(source)
     return None if x is None or not x.ndim else (x, None)
