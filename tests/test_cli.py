@@ -353,7 +353,7 @@ def test_report_draws_the_same_page_again(demo, results, tmp_path):
 
 def test_report_opens_the_page_where_it_is(demo, monkeypatch):
     opened: list[str] = []
-    monkeypatch.setattr(cli.webbrowser, "open", opened.append)
+    monkeypatch.setattr("webbrowser.open", opened.append)
     assert intact_("report", demo[0], "--open").code == 0
     assert opened == [(demo[0] / "report.html").as_uri()]
 
@@ -484,7 +484,7 @@ def test_lenet_refuses_bad_input_and_leaves_nothing(case, bad, monkeypatch):
 
 def test_a_read_only_folder_is_refused_before_the_run(tmp_path, monkeypatch):
     # Root may write anywhere, so the system is asked in a way that a test can answer.
-    monkeypatch.setattr(cli.os, "access", lambda path, _mode: Path(path) != tmp_path)
+    monkeypatch.setattr("os.access", lambda path, _mode: Path(path) != tmp_path)
     refused(f"the folder {tmp_path} is read-only. Choose", "lenet", "-o", tmp_path / "a" / "b")
 
 
