@@ -18,6 +18,7 @@ from intact.arithmetic import dequantize
 from intact.cli.options import EngineChoice
 from intact.data import to_input
 from intact.data.folder import find_images, read_images
+from intact.data.preprocessing import PRESETS
 from intact.engines import ENGINES, load_engine
 from intact.errors import DataError, ProgramError
 from intact.inference import Predictions, infer, read_inputs
@@ -104,7 +105,8 @@ def test_images_are_converted_and_resized_to_the_input(program, tmp_path):
     gray = Image.fromarray(np.full((20, 30), 77, np.uint8))
     gray.save(tmp_path / "gray.png")
     expected = np.full((1, 3, 6, 8), 77, np.uint8)
-    assert np.array_equal(read_images([tmp_path / "gray.png"], 6, 8), expected)
+    read = read_images([tmp_path / "gray.png"], PRESETS["unit"], (3, 6, 8))
+    assert np.array_equal(read, expected)
     assert np.array_equal(predict(program, tmp_path).output, program.run(to_input(expected)))
 
 
@@ -225,7 +227,7 @@ def test_images_that_cannot_be_are_refused(program, folder, tmp_path):
 def test_a_program_that_takes_no_images_says_what_it_takes(tmp_path):
     program = make((2, 4, 4), nn.Conv2d(2, 2, 3))
     message = refused(program, tmp_path)
-    assert "shape [2, 4, 4], which are no RGB images" in message
+    assert "shape [2, 4, 4], which are no images of 1 or 3 channels" in message
     assert "float32 [N, 2, 4, 4] in a .npy file" in message
 
 

@@ -6,6 +6,7 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "DataError",
+    "DataWarning",
     "EngineUnavailableError",
     "EngineWarning",
     "ExportError",
@@ -69,3 +70,7 @@ class StorageError(IntactError):
 
 class DataError(IntactError):
     """A data set that is missing, damaged or of the wrong layout."""
+
+
+class DataWarning(UserWarning):
+    """Data can be used, but hardly as it was meant: samples are left out, or come in any order."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from intact.arithmetic import dequantize
-from intact.data import spread, to_input
+from intact.data import spread
+from intact.data.arrays import SUFFIXES as ARRAY_SUFFIXES
+from intact.data.arrays import Rows, read_arrays
+from intact.data.checking import first_where, shape_hint
 from intact.data.folder import find_images, read_images
+from intact.data.preprocessing import Preprocessing
 from intact.engines import Engine
 from intact.errors import DataError
 from intact.program import Program
@@ -30,8 +31,6 @@ SLICE = 256
 """Samples that are decoded and run at a time: memory does not grow with the number of images."""
 SUFFIXES = (".csv", ".json", ".npy")
 """Of files that predictions can be written to."""
-DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError)
-"""What reading a .npz file raises that is damaged or packed in an unknown way."""
 
 Array = npt.NDArray[Any]
 
@@ -123,40 +122,28 @@ def read_inputs(
     std: Sequence[float] = (0.5,),
     most: int | None = None,
 ) -> Inputs:
-    """The samples of a folder of images, of one image, or of a .npy or .npz file.
+    """The samples of a folder of images, of one image, or of a file of arrays.
 
     mean, std  how pixels are normalised, as the network was trained; see `data.to_input`. Arrays
                are taken as they are
     most       take at most so many of the samples, spread over all; None: all of them
 
-    Images are resized to the program's input, which must then be `[3, H, W]`. An array is
-    `[N, *input shape]`: floats without NaN, or codes of the input's own type. What does not fit
-    raises `DataError` or `ProgramError`.
+    Images are resized to the program's input, which must then be `[3, H, W]`, or `[1, H, W]` for
+    gray ones. An array, see `data.arrays.read_arrays`, is `[N, *input shape]`: floats without NaN,
+    or codes of the input's own type. What does not fit raises `DataError` or `ProgramError`.
     """
-    if source.suffix.lower() in {".npy", ".npz"}:
-        array = _read_array(source)
+    if source.suffix.lower() in ARRAY_SUFFIXES:
+        array, _ = read_arrays(source)
         _check_array(program, array, source)
-        chosen = spread(len(array), most)
+        chosen = spread(array.shape[0], most)
         slices = [chosen[i : i + SLICE] for i in range(0, len(chosen), SLICE)]
         return Inputs(tuple(map(str, chosen)), lambda: (array[part] for part in slices))
-    shape = program.tensors[program.input].shape
-    if len(shape) != 3 or shape[0] != 3:
-        raise DataError(
-            f"the program takes samples of shape {list(shape)}, which are no RGB images. Give an "
-            f"array of float32 [N, {', '.join(map(str, shape))}] in a .npy file."
-        )
-    for values in (mean, std):
-        if len(values) not in (1, 3):
-            raise DataError(
-                f"{len(values)} numbers were given to normalise 3 channels: give 1 or 3."
-            )
-        if not all(map(math.isfinite, values)):
-            raise DataError("the numbers to normalise with must be finite.")
-    if min(std) <= 0:
-        raise DataError("the standard deviations of the channels must be positive.")
+    preprocessing = Preprocessing(mean=tuple(mean), std=tuple(std))
+    shape = preprocessing.shape(program.tensors[program.input].shape)
     if not source.exists():
         raise DataError(
-            f"{source} does not exist. Name a folder of images, an image, or a .npy or .npz file."
+            f"{source} does not exist. Name a folder of images, an image, or a .npy, .npz or "
+            ".safetensors file."
         )
     root, files = (source, find_images(source)) if source.is_dir() else (source.parent, [source])
     files = [files[i] for i in spread(len(files), most)]
@@ -164,41 +151,13 @@ def read_inputs(
     return Inputs(
         names,
         lambda: (
-            to_input(read_images(files[i : i + SLICE], *shape[1:]), mean, std)
+            preprocessing.floats(read_images(files[i : i + SLICE], preprocessing, shape))
             for i in range(0, len(files), SLICE)
         ),
     )
 
 
-def _read_array(path: Path) -> Array:
-    """The one array of a .npy or .npz file; never a pickle."""
-    try:
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            if isinstance(content, np.ndarray):
-                array = content
-            elif len(content.files) == 1:
-                array = content[content.files[0]]
-            else:
-                names = f" ({', '.join(content.files[:5])})" if content.files else ""
-                raise DataError(
-                    f"{path} holds {len(content.files)} arrays{names}: give a file with one."
-                )
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower().rstrip(".")
-        raise DataError(f"{path} cannot be read as an array: {reason}. Check the path.") from error
-    except (ValueError, EOFError, MemoryError, *DAMAGED) as error:
-        # NumPy takes whatever it does not know for a pickle, and recommends to load that.
-        reason = "it holds no numbers" if "allow_pickle" in str(error) else str(error).rstrip(".")
-        raise DataError(
-            f"{path} cannot be read as an array: {reason}. Write it with numpy.save."
-        ) from error
-    if not array.ndim:
-        raise DataError(f"{path} holds a single number, not a batch of samples.")
-    return array
-
-
-def _check_array(program: Program, array: Array, path: Path) -> None:
+def _check_array(program: Program, array: Rows, path: Path) -> None:
     """Refuse what the program would refuse, before a thousand samples have been run."""
     spec = program.tensors[program.input]
     floats, own = array.dtype.kind == "f", array.dtype == spec.qparams.dtype
@@ -207,17 +166,16 @@ def _check_array(program: Program, array: Array, path: Path) -> None:
         raise DataError(
             f"{path} holds {array.dtype.name} {list(array.shape)}, but the program takes float32 "
             f"{wanted}, normalised as in the training of its network, or codes, "
-            f"{spec.qparams.dtype.name} {wanted}."
+            f"{spec.qparams.dtype.name} {wanted}.{shape_hint(array.shape[1:], spec.shape)}"
         )
-    if own:
-        program.check_codes(array)
-        return
-    for start in range(0, len(array), SLICE):
-        nan = np.isnan(array[start : start + SLICE])
-        if nan.any():
-            sample, *index = (int(i) for i in np.argwhere(nan)[0])
+    for start in range(0, array.shape[0], SLICE):
+        part = array[np.arange(start, min(start + SLICE, array.shape[0]))]
+        if own:
+            program.check_codes(part)
+        elif (found := first_where(np.isnan(part))) is not None:
+            sample, place = found
             raise DataError(
-                f"{path} holds a NaN in sample {start + sample}, at {index}; a NaN has no code. "
+                f"{path} holds a NaN in sample {start + sample}, at {place}; a NaN has no code. "
                 "Look for a division by zero or an overflow in whatever produced it."
             )
 

@@ -1,17 +1,20 @@
-"""Images of the user's own: a folder tree with one folder per class."""
+"""Images of the user's own in folders: found, sorted into classes and parts, and read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from intact.data import Dataset, Images, Labels
+from intact.data.preprocessing import PRESETS, Preprocessing
 from intact.errors import DataError
+from intact.ops import Shape
 
-__all__ = ["find_images", "load", "read_images"]
+__all__ = ["Files", "Part", "find_classes", "find_images", "load", "read_image", "read_images"]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 TEST_EVERY = 5
@@ -19,6 +22,9 @@ TEST_EVERY = 5
 
 Files = list[tuple[Path, int]]
 """Image files with their labels."""
+Part = Literal["train", "test"]
+FOLDERS = {"train": ("train",), "test": ("test", "val")}
+"""Names that the folder of a part may have, the first one that exists."""
 
 
 def load(data_dir: str | PathLike[str], size: int = 32) -> Dataset:
@@ -36,12 +42,7 @@ def load(data_dir: str | PathLike[str], size: int = 32) -> Dataset:
     if train_dir.is_dir() and test_dir.is_dir():
         classes, train = _list(train_dir)
         test_classes, test = _list(test_dir)
-        if classes != test_classes:
-            different = sorted(set(classes) ^ set(test_classes))
-            raise DataError(
-                f"{train_dir} and {test_dir} must have the same classes, but only one of them has "
-                f"{', '.join(different)}."
-            )
+        _check_same(train_dir, classes, test_dir, test_classes)
     else:
         classes, files = _list(root)
         train, test = _split(files, classes)
@@ -64,24 +65,73 @@ def find_images(folder: str | PathLike[str]) -> list[Path]:
     return found
 
 
-def read_images(files: Sequence[Path], height: int, width: int) -> Images:
-    """Image files as RGB, uint8 `[N, 3, height, width]`, resized bilinearly.
+def find_classes(
+    folder: str | PathLike[str], part: Part | None = None
+) -> tuple[tuple[str, ...] | None, Files]:
+    """The classes of a folder of images, and the image files in it with their labels.
 
-    A file that cannot be decoded raises `DataError`. At no time is there more than one image at its
-    original size.
+    part  which folder is meant of those where `folder` holds `train` and `test` (or `val`): with
+          folders of the same names in both, if they are classes. Elsewhere it does not matter
+
+    A folder with images directly in it has no classes: all images below it belong together, and
+    have the label 0. Otherwise each folder in it is a class, with all images below. Classes are in
+    the order of their names, the order of torchvision's `ImageFolder`, which puts "10" before "2".
+    """
+    root = Path(folder)
+    folders = {path.name: path for path in _folders(root)}
+    parts = {
+        part: next((folders[name] for name in names if name in folders), None)
+        for part, names in FOLDERS.items()
+    }
+    train, test = parts["train"], parts["test"]
+    if not ((train and test) or (folders and folders.keys() <= {*sum(FOLDERS.values(), ())})):
+        return _find_classes(root)
+    chosen = parts[part] if part else None
+    if chosen is None:
+        there = " and ".join(path.name for path in parts.values() if path)
+        raise DataError(
+            f"{root} holds {there}: say which of them is meant, train or test, or name that folder."
+            if part is None
+            else f"{root} holds {there}, but nothing to {part} with. Name the folder itself."
+        )
+    classes, files = _find_classes(chosen)
+    if classes is not None and train and test:
+        names = [tuple(path.name for path in _folders(root)) for root in (train, test)]
+        _check_same(train, names[0], test, names[1])
+    return classes, files
+
+
+def _find_classes(root: Path) -> tuple[tuple[str, ...] | None, Files]:
+    """As `find_classes`, for a folder without parts."""
+    if not any(_is_image(Path(path.name)) and path.is_file() for path in _entries(root)):
+        return _list(root)
+    return None, [(path, 0) for path in find_images(root)]
+
+
+def read_image(path: Path, preprocessing: Preprocessing, shape: Shape) -> Images:
+    """An image file as uint8 `[C, H, W]`, not normalised yet; see `Preprocessing.pixels`.
+
+    A file that cannot be decoded raises `DataError`.
     """
     from PIL import Image
 
-    images = np.empty((len(files), 3, height, width), np.uint8)
+    try:
+        with Image.open(path) as image:
+            return preprocessing.pixels(image, shape)
+    except Exception as error:  # Pillow's decoders raise whatever they like on damaged files
+        raise DataError(
+            f"{path} cannot be read as an image: {error}. Repair or remove the file."
+        ) from error
+
+
+def read_images(files: Sequence[Path], preprocessing: Preprocessing, shape: Shape) -> Images:
+    """Image files as uint8 `[N, C, H, W]`; see `read_image`.
+
+    At no time is there more than one image at its original size.
+    """
+    images = np.empty((len(files), *shape), np.uint8)
     for i, path in enumerate(files):
-        try:
-            with Image.open(path) as image:
-                small = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-        except Exception as error:  # Pillow's decoders raise whatever they like on damaged files
-            raise DataError(
-                f"{path} cannot be read as an image: {error}. Repair or remove the file."
-            ) from error
-        images[i] = np.asarray(small).transpose(2, 0, 1)
+        images[i] = read_image(path, preprocessing, shape)
     return images
 
 
@@ -90,27 +140,40 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.parts)
 
 
-def _list(root: Path) -> tuple[tuple[str, ...], Files]:
-    """The classes of a tree `root/CLASS/IMAGE`, and its files, both in the order of the names."""
+def _entries(root: Path) -> list[Path]:
+    """What a folder holds, in the order of the names."""
     try:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        files: Files = []
-        for label, folder in enumerate(folders):
-            images = sorted(p for p in folder.iterdir() if _is_image(Path(p.name)))
-            if not images:
-                raise DataError(
-                    f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}). Remove the folder, "
-                    "or put images of that class into it."
-                )
-            files += [(image, label) for image in images]
+        return sorted(root.iterdir())
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in _entries(root) if path.is_dir() and not path.name.startswith(".")]
+
+
+def _list(root: Path) -> tuple[tuple[str, ...], Files]:
+    """The classes of a tree `root/CLASS/IMAGE`, and its files, both in the order of the names."""
+    folders = _folders(root)
     if not folders:
         raise DataError(
             f"{root} holds no folders. It must hold one per class with the images in it, or two "
             "folders, train and test, that do."
         )
+    files = [
+        (image, label) for label, folder in enumerate(folders) for image in find_images(folder)
+    ]
     return tuple(folder.name for folder in folders), files
+
+
+def _check_same(
+    train_dir: Path, train: tuple[str, ...], test_dir: Path, test: tuple[str, ...]
+) -> None:
+    if train != test:
+        raise DataError(
+            f"{train_dir} and {test_dir} must have the same classes, but only one of them has "
+            f"{', '.join(sorted(set(train) ^ set(test)))}."
+        )
 
 
 def _split(files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
@@ -131,5 +194,6 @@ def _split(files: Files, classes: tuple[str, ...]) -> tuple[Files, Files]:
 
 
 def _read(files: Files, size: int) -> tuple[Images, Labels]:
-    images = read_images([path for path, _ in files], size, size)
+    # The pixels alone: a data set is not normalised. Straight to the size, as the preset does it.
+    images = read_images([path for path, _ in files], PRESETS["signed"], (3, size, size))
     return images, np.array([label for _, label in files], np.int64)

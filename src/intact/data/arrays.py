@@ -1,0 +1,178 @@
+"""Files of arrays, .npy, .npz and .safetensors: their samples, read where they are needed."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.format import MAGIC_PREFIX
+from safetensors import SafetensorError, safe_open
+
+from intact.data.checking import as_floats, as_labels, check_floats, check_pixels, check_shape
+from intact.data.images import image_samples
+from intact.data.preprocessing import Preprocessing
+from intact.data.samples import Batch, Listed, Positions, Samples
+from intact.errors import DataError
+from intact.ops import Shape
+
+__all__ = ["SUFFIXES", "Rows", "array_samples", "read_arrays"]
+
+SUFFIXES = frozenset({".npy", ".npz", ".safetensors"})
+SAMPLE_NAMES = ("x", "images", "inputs")
+LABEL_NAMES = ("y", "labels")
+DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, SafetensorError)
+"""What reading a file raises that is damaged or packed in an unknown way."""
+
+Array = npt.NDArray[Any]
+
+
+class Rows(Protocol):
+    """What is read of an array of samples: an array in memory or in a file."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of every number."""
+
+    @property
+    def shape(self) -> Shape:
+        """`[N, …]`."""
+
+    def __getitem__(self, positions: Positions, /) -> Array:
+        """The samples at some positions, in memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """An array in a .safetensors file, of which rows are read when they are asked for."""
+
+    rows: Any
+    dtype: np.dtype[Any]
+    shape: Shape
+
+    def __getitem__(self, positions: Positions) -> Array:
+        rows = np.empty((len(positions), *self.shape[1:]), self.dtype)
+        for i, position in enumerate(positions.tolist()):
+            rows[i] = self.rows[position : position + 1][0]
+        return rows
+
+
+def read_arrays(path: Path) -> tuple[Rows, Array | None]:
+    """The samples `[N, …]` of a .npy, .npz or .safetensors file and their labels, if it has any.
+
+    Samples are the array called x, images or inputs, or the only one; labels, those called y or
+    labels. Of a .npy or .safetensors file only the samples that are asked for are in memory. A
+    pickle is never loaded. What cannot be read, or is a single number, raises `DataError`.
+    """
+    try:
+        arrays = _open(path)
+        labels = next((arrays[name]() for name in LABEL_NAMES if name in arrays), None)
+        others = [name for name in arrays if name not in LABEL_NAMES]
+        chosen = next((name for name in SAMPLE_NAMES if name in arrays), None)
+        if chosen is None and len(others) == 1:
+            (chosen,) = others
+        if chosen is None:
+            names = f" ({', '.join(others[:5])})" if others else ""
+            raise DataError(
+                f"{path} holds {len(others)} arrays{names}: give a file with one, or call that "
+                f"of the samples {SAMPLE_NAMES[0]!r}, and that of the labels {LABEL_NAMES[0]!r}."
+            )
+        rows = arrays[chosen]()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower().rstrip(".")
+        raise DataError(f"{path} cannot be read as an array: {reason}. Check the path.") from error
+    except (ValueError, EOFError, MemoryError, *DAMAGED) as error:
+        # NumPy takes whatever it does not know for a pickle, and recommends to load that.
+        pickled = "allow_pickle" in str(error) or "Python objects" in str(error)
+        reason = "it holds no numbers" if pickled else str(error).rstrip(".")
+        raise DataError(
+            f"{path} cannot be read as an array: {reason}. Write it with numpy.save."
+        ) from error
+    if not rows.shape:
+        raise DataError(f"{path} holds a single number, not a batch of samples.")
+    return rows, None if labels is None else np.asarray(labels[np.arange(labels.shape[0])])
+
+
+def _open(path: Path) -> dict[str, Callable[[], Rows]]:
+    """The names of the arrays of a file, and what reads them."""
+    if path.suffix.lower() == ".safetensors":
+        file: Any = safe_open(path, "np")
+        return {name: partial(_stored, path, file, name) for name in file.keys()}  # noqa: SIM118
+    with path.open("rb") as opened:
+        if opened.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
+            return {SAMPLE_NAMES[0]: partial(np.load, path, "r", allow_pickle=False)}
+        opened.seek(0)
+        names = np.load(opened, allow_pickle=False).files
+    return {name: partial(_packed, path, name) for name in names}
+
+
+def _packed(path: Path, name: str) -> Array:
+    """An array of a .npz file, all of it, as it may be compressed."""
+    with np.load(path, allow_pickle=False) as content:
+        array: Array = content[name]
+    return array
+
+
+def _stored(path: Path, file: Any, name: str) -> Rows:
+    rows = file.get_slice(name)
+    shape = tuple(rows.get_shape())
+    if not shape or not shape[0]:
+        array: Array = file.get_tensor(name)
+        return array
+    try:
+        dtype = rows[:1].dtype
+    except TypeError as error:
+        raise DataError(
+            f"{path} holds {name!r} as {rows.get_dtype()}, which NumPy lacks. Store float32."
+        ) from error
+    return _Stored(rows, dtype, shape)
+
+
+def array_samples(
+    name: str,
+    rows: Rows,
+    labels: Array | None,
+    preprocessing: Preprocessing | None,
+    shape: Shape | None,
+    workers: int = 0,
+) -> Samples:
+    """The samples of an array `[N, …]`, floats that are ready for the network, or pixels.
+
+    rows           floats `[N, *shape]`, taken as they are; or, with `preprocessing`, RGB or gray
+                   images uint8 `[N, C, H, W]` of any size
+    labels         as `checking.as_labels` takes them
+    preprocessing  what becomes of pixels
+    shape          of a sample of the network; None where it is not known
+    workers        processes that prepare pixels
+
+    What does not fit raises `DataError`.
+    """
+    count = rows.shape[0]
+    indices = None if labels is None else as_labels(labels, count, name)
+    if rows.dtype == np.uint8 and preprocessing is not None:
+        check_pixels(rows.shape, name)
+        return image_samples(
+            name, lambda at: list(rows[at]), count, indices, None, preprocessing, shape, workers
+        )
+    check_floats(rows.dtype, name)
+    if shape is not None:
+        check_shape(rows.shape[1:], shape, name)
+
+    def read(positions: Positions, size: int) -> Iterator[Batch]:
+        for start in range(0, len(positions), size):
+            at = positions[start : start + size]
+            yield as_floats(rows[at], name, at), None if indices is None else indices[at]
+
+    return Listed(
+        name=name,
+        shape=rows.shape[1:],
+        labelled=indices is not None,
+        reader=read,
+        positions=np.arange(count),
+    )
