@@ -26,7 +26,7 @@ from intact.exported import ExportedModel, read_exported
 from intact.ops import Shape
 from intact.zoo import NETWORKS, load_network, read_network
 
-__all__ = ["input_shape", "load_model"]
+__all__ = ["input_shape", "load_model", "title"]
 
 FORMS = "FILE.py:NAME, package.module:NAME, FILE.pt2, or a name that `intact zoo` lists"
 WEIGHTS = (".safetensors", ".pt", ".pth")
@@ -69,6 +69,11 @@ def input_shape(model: nn.Module) -> Shape | None:
     if isinstance(model, ExportedModel):
         return model.input_shape
     return (3, 32, 32) if type(model).__module__.startswith("intact.zoo.") else None
+
+
+def title(spec: str) -> str:
+    """What to call a network in a report: its name in the zoo, or the words that name it."""
+    return NETWORKS[spec].title if spec in NETWORKS else spec
 
 
 # -- code ----------------------------------------------------------------------------------------

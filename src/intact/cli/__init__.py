@@ -10,9 +10,20 @@ from typing import Annotated, TextIO
 import typer
 
 from intact import __version__
-from intact.cli import bench, certify, evaluate, export, inspect, lenet, report, run, train
+from intact.cli import (
+    bench,
+    certify,
+    evaluate,
+    export,
+    inspect,
+    lenet,
+    quantize,
+    report,
+    run,
+    train,
+)
 from intact.cli.showing import terminal
-from intact.errors import EngineWarning, IntactError
+from intact.errors import DataWarning, EngineWarning, IntactError, ModelWarning
 
 __all__ = ["main"]
 
@@ -50,8 +61,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """An engine's warning is for the user; where in the source it was raised is of no use then."""
-    if issubclass(category, EngineWarning) and file is None:
+    """Our warnings are for the user; where in the source they were raised is of no use then."""
+    if issubclass(category, EngineWarning | ModelWarning | DataWarning) and file is None:
         terminal(stderr=True).print(f"warning: {message}", style="yellow")
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)
@@ -75,6 +86,7 @@ def _root(
 
 
 app.command("lenet")(lenet.lenet)
+app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("evaluate")(evaluate.evaluate)

@@ -67,7 +67,7 @@ def lenet(
         raise typer.BadParameter("--train makes weights and --weights takes them: give one.")
     with progress("loading") as tell:
         from intact.data import load_dataset
-        from intact.experiment import run_experiment, write_experiment
+        from intact.experiment import dataset_part, run_experiment, write_experiment
         from intact.recipe import load_recipe
         from intact.report import report_to_json
         from intact.zoo.lenet import load_lenet, read_lenet
@@ -101,14 +101,23 @@ def lenet(
             model = load_lenet(data.value, bias.value)
         titles = {"none": "without biases", "last": "bias on the last layer", "all": "all biases"}
         names = {"digits": "digits", "cifar10": "CIFAR-10", "folder": f"images of {data_dir}"}
+        given = dataset_part(dataset, "train", calibration)
         experiment = run_experiment(
             model,
-            dataset,
+            given,
+            dataset_part(dataset, "test"),
             chosen,
-            calibration=min(calibration, len(dataset.train_images)),
             title=f"LeNet ({titles[bias.value]}) on {names[data.value]}",
             command=command,
             seed=seed,
+            data={
+                "name": dataset.name,
+                "classes": list(dataset.classes),
+                "train": len(dataset.train_images),
+                "test": len(dataset.test_images),
+                "calibration": given.count,
+                "sha256": dataset.sha256,
+            },
             progress=tell,
         )
         tell("drawing the report", 0, 1)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 Tell: TypeAlias = Callable[[str, int, int], None]
-"""Called as `tell(what is going on, steps done, steps in all)`."""
+"""Called as `tell(what is going on, steps done, steps in all)`; 0 in all if nobody knows."""
 
 
 def terminal(*, stderr: bool = False) -> Console:
@@ -34,8 +34,8 @@ def progress(what: str) -> Iterator[Tell]:
         task = bar.add_task(what, total=None, count="")
 
         def tell(what: str, done: int, total: int) -> None:
-            count = f"{done:,}/{total:,}" if total > 1 else ""
-            bar.update(task, description=what, completed=done, total=total, count=count)
+            count = {0: f"{done:,}", 1: ""}.get(total, f"{done:,}/{total:,}")
+            bar.update(task, description=what, completed=done, total=total or None, count=count)
 
         yield tell
 
