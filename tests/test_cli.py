@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,40 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import intact
-from intact import cli, training
+from cli_harness import FILES, STAGES, Ran, intact_
+from intact import training
 from intact.data import load_dataset
 from intact.recipe import PRESETS
 from intact.zoo import LeNet
-
-FILES = [
-    "float.safetensors", "predictions.npz", "program.safetensors", "report.html", "results.json",
-]  # fmt: skip
-STAGES = ["float", "weights", "activations", "bias-unscaled", "integer"]
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-def intact_(*arguments: object) -> Ran:
-    """The command line in this process; 80 columns, no terminal."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    argv = ["intact", *map(str, arguments)]
-    with (
-        patch.object(sys, "argv", argv),
-        patch.dict(os.environ, COLUMNS="80"),
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-    return Ran(code, out.getvalue(), err.getvalue())
 
 
 def process(*arguments: object, **options) -> subprocess.CompletedProcess:

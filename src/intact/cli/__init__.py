@@ -13,6 +13,7 @@ from intact import __version__
 from intact.cli import (
     bench,
     certify,
+    check,
     evaluate,
     export,
     inspect,
@@ -21,6 +22,7 @@ from intact.cli import (
     report,
     run,
     train,
+    zoo,
 )
 from intact.cli.showing import terminal
 from intact.errors import DataWarning, EngineWarning, IntactError, ModelWarning
@@ -86,6 +88,7 @@ def _root(
 
 
 app.command("lenet")(lenet.lenet)
+app.command("check")(check.check)
 app.command("quantize")(quantize.quantize)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
@@ -94,4 +97,5 @@ app.command("run")(run.run)
 app.command("certify")(certify.certify)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
+app.command("zoo")(zoo.zoo)
 app.add_typer(train.app, name="train")

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from intact.cli.files import check_folder, make_folder
-from intact.cli.options import JsonOption, OutFolderOption, RecipeOption, command_line
-from intact.cli.pages import show_report
-from intact.cli.showing import progress, terminal
-from intact.cli.sources import (
+from intact.cli.networks import (
+    MODEL_HELP,
     CropOption,
     InputShapeOption,
     MeanOption,
@@ -19,19 +17,17 @@ from intact.cli.sources import (
     ResizeOption,
     SkipCorruptOption,
     StdOption,
+    WeightsOption,
     WorkersOption,
     preprocessing_of,
     shape_of,
 )
+from intact.cli.options import JsonOption, OutFolderOption, RecipeOption, command_line
+from intact.cli.pages import show_report
+from intact.cli.showing import progress, terminal
 
 if TYPE_CHECKING:
     from intact.data.samples import Samples
-
-MODEL_HELP = (
-    "FILE.py:NAME or package.module:NAME, where NAME is a function or class without arguments, or "
-    "the network itself; FILE.pt2, an exported program; or a name that `intact zoo` lists."
-)
-WEIGHTS_HELP = "Weights of the network: .safetensors, or a state dict in .pt or .pth."
 
 
 def quantize(
@@ -45,9 +41,7 @@ def quantize(
             "without classes; a .npy, .npz or .safetensors file; digits or cifar10.",
         ),
     ],
-    weights: Annotated[
-        Path | None, typer.Option("--weights", metavar="FILE", help=WEIGHTS_HELP)
-    ] = None,
+    weights: WeightsOption = None,
     data_dir: Annotated[
         Path | None,
         typer.Option("--data-dir", metavar="DIR", help="Folder of cifar10's binary version."),
@@ -115,6 +109,7 @@ def quantize(
         recipe=recipe,
         out=out,
     )
+    skipped: dict[str, None] = {}  # a set that keeps its order
     with progress("loading") as tell:
         from intact import loading
         from intact.data.sources import BUILT_IN, open_samples
@@ -127,7 +122,7 @@ def quantize(
         network = loading.load_model(model, weights)
         wanted = shape or loading.input_shape(network)
 
-        def opened(source: str, part: Literal["train", "test"]) -> Samples:
+        def opened(source: str, part: Literal["train", "test"], folder: Path | None) -> Samples:
             return open_samples(
                 source,
                 preprocessing=preprocessing,
@@ -135,11 +130,13 @@ def quantize(
                 workers=workers,
                 skip_corrupt=skip_corrupt,
                 part=part,
-                data_dir=data_dir if source in BUILT_IN else None,
+                data_dir=folder,
+                on_skip=skipped.setdefault,
             )
 
-        test = opened(data, "test")
-        training = opened(calibration_data or data, "train")
+        test = opened(data, "test", data_dir)
+        source = calibration_data or data
+        training = opened(source, "train", data_dir if source in BUILT_IN else None)
         experiment = run_experiment(
             network,
             training.take(calibration),
@@ -153,6 +150,8 @@ def quantize(
         tell("drawing the report", 0, 1)
         make_folder(out)
         write_experiment(experiment, out)
+    for message in skipped:
+        terminal(stderr=True).print(f"left out: {message}", style="yellow")
     if as_json:
         typer.echo(report_to_json(experiment.report), nl=False)
         return

@@ -1,9 +1,10 @@
-"""Options that say where samples come from and what becomes of them, and what they make."""
+"""Options that say which network, on which samples; and what is made of their texts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from intact.data.preprocessing import Preprocessing
 
 __all__ = [
+    "MODEL_HELP",
     "CropOption",
     "InputShapeOption",
     "MeanOption",
@@ -23,6 +25,7 @@ __all__ = [
     "ResizeOption",
     "SkipCorruptOption",
     "StdOption",
+    "WeightsOption",
     "WorkersOption",
     "preprocessing_of",
     "shape_of",
@@ -38,6 +41,19 @@ class PresetChoice(str, Enum):
     unit = "unit"
 
 
+MODEL_HELP = (
+    "FILE.py:NAME or package.module:NAME, where NAME is a function or class without arguments, or "
+    "the network itself; FILE.pt2, an exported program; or a name that `intact zoo` lists."
+)
+
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Weights of the network: .safetensors, or a state dict in .pt or .pth.",
+    ),
+]
 PresetOption = Annotated[
     PresetChoice | None,
     typer.Option(
