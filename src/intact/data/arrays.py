@@ -96,7 +96,9 @@ def read_arrays(path: Path) -> tuple[Rows, Array | None]:
         ) from error
     if not rows.shape:
         raise DataError(f"{path} holds a single number, not a batch of samples.")
-    return rows, None if labels is None else np.asarray(labels[np.arange(labels.shape[0])])
+    if labels is not None and not isinstance(labels, np.ndarray):
+        labels = labels[np.arange(labels.shape[0])]
+    return rows, labels
 
 
 def _open(path: Path) -> dict[str, Callable[[], Rows]]:
@@ -106,10 +108,15 @@ def _open(path: Path) -> dict[str, Callable[[], Rows]]:
         return {name: partial(_stored, path, file, name) for name in file.keys()}  # noqa: SIM118
     with path.open("rb") as opened:
         if opened.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
-            return {SAMPLE_NAMES[0]: partial(np.load, path, "r", allow_pickle=False)}
+            return {SAMPLE_NAMES[0]: partial(_mapped, path)}
         opened.seek(0)
         names = np.load(opened, allow_pickle=False).files
     return {name: partial(_packed, path, name) for name in names}
+
+
+def _mapped(path: Path) -> Array:
+    """The array of a .npy file, of which the system reads what is looked at."""
+    return np.asarray(np.load(path, "r", allow_pickle=False))
 
 
 def _packed(path: Path, name: str) -> Array:

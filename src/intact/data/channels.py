@@ -32,9 +32,9 @@ class Channels:
     @classmethod
     def of(cls, batch: npt.NDArray[np.floating]) -> Channels:
         """The channels of a batch `[n, C, …]`, n >= 1; `[n]` is one channel."""
-        channels = batch.reshape(len(batch), batch.shape[1] if batch.ndim > 1 else 1, -1)
-        if not channels.size:
+        if not batch.size:
             raise DataError("there are no values to look at.")
+        channels = batch.reshape(len(batch), batch.shape[1] if batch.ndim > 1 else 1, -1)
         planes = [channels[:, c].astype(np.float64) for c in range(channels.shape[1])]
         return cls(
             len(batch),

@@ -24,7 +24,7 @@ Files = list[tuple[Path, int]]
 """Image files with their labels."""
 Part = Literal["train", "test"]
 FOLDERS = {"train": ("train",), "test": ("test", "val")}
-"""Names that the folder of a part may have, the first one that exists."""
+"""Names that the folder of a part may have."""
 
 
 def load(data_dir: str | PathLike[str], size: int = 32) -> Dataset:
@@ -70,8 +70,8 @@ def find_classes(
 ) -> tuple[tuple[str, ...] | None, Files]:
     """The classes of a folder of images, and the image files in it with their labels.
 
-    part  which folder is meant of those where `folder` holds `train` and `test` (or `val`): with
-          folders of the same names in both, if they are classes. Elsewhere it does not matter
+    part  which folder is meant of those where `folder` holds `train` and `test` (or `val`), with
+          the same classes in both. Elsewhere it does not matter
 
     A folder with images directly in it has no classes: all images below it belong together, and
     have the label 0. Otherwise each folder in it is a class, with all images below. Classes are in
@@ -79,25 +79,24 @@ def find_classes(
     """
     root = Path(folder)
     folders = {path.name: path for path in _folders(root)}
-    parts = {
-        part: next((folders[name] for name in names if name in folders), None)
-        for part, names in FOLDERS.items()
-    }
-    train, test = parts["train"], parts["test"]
-    if not ((train and test) or (folders and folders.keys() <= {*sum(FOLDERS.values(), ())})):
+    train, test = ([folders[n] for n in names if n in folders] for names in FOLDERS.values())
+    if not ((train and test) or (folders and len(train + test) == len(folders))):
         return _find_classes(root)
-    chosen = parts[part] if part else None
-    if chosen is None:
-        there = " and ".join(path.name for path in parts.values() if path)
+    chosen = {"train": train, "test": test, None: train + test}[part]
+    there = " and ".join(path.name for path in train + test)
+    if not chosen:
+        raise DataError(
+            f"{root} holds {there}, but nothing to {part} with. Name the folder itself."
+        )
+    if len(chosen) > 1 or part is None:
         raise DataError(
             f"{root} holds {there}: say which of them is meant, train or test, or name that folder."
-            if part is None
-            else f"{root} holds {there}, but nothing to {part} with. Name the folder itself."
         )
-    classes, files = _find_classes(chosen)
-    if classes is not None and train and test:
-        names = [tuple(path.name for path in _folders(root)) for root in (train, test)]
-        _check_same(train, names[0], test, names[1])
+    classes, files = _find_classes(chosen[0])
+    for other in train + test:
+        if classes is not None and other != chosen[0]:
+            names = tuple(path.name for path in _folders(other))
+            _check_same(chosen[0], classes, other, names)
     return classes, files
 
 
@@ -167,12 +166,12 @@ def _list(root: Path) -> tuple[tuple[str, ...], Files]:
 
 
 def _check_same(
-    train_dir: Path, train: tuple[str, ...], test_dir: Path, test: tuple[str, ...]
+    one_dir: Path, one: tuple[str, ...], other_dir: Path, other: tuple[str, ...]
 ) -> None:
-    if train != test:
+    if one != other:
         raise DataError(
-            f"{train_dir} and {test_dir} must have the same classes, but only one of them has "
-            f"{', '.join(sorted(set(train) ^ set(test)))}."
+            f"{one_dir} and {other_dir} must have the same classes, but only one of them has "
+            f"{', '.join(sorted(set(one) ^ set(other)))}."
         )
 
 

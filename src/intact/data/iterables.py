@@ -53,7 +53,7 @@ def iterable_samples(
         )
     _warn_of_shuffling(source, name)
     converter = _Converter(name, preprocessing, shape)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+    if _has_indices(source):
         return _listed(source, name, converter)
     return _streamed(source, name, converter)  # type: ignore[arg-type]  # iterable, as was checked
 
@@ -62,7 +62,7 @@ def _whole(source: object) -> tuple[Array, Array | None] | None:
     """The array of all samples, and that of their labels, if that is what was given."""
     if isinstance(source, tuple) and len(source) == 2:
         x, labels = _array(source[0]), _array(source[1])
-        if x is not None and labels is not None and x.ndim and labels.dtype.kind in "iu":
+        if x is not None and labels is not None and x.ndim and labels.ndim == 1:
             return x, labels
     x = _array(source)
     return None if x is None or not x.ndim else (x, None)
@@ -80,6 +80,24 @@ def _array(value: object) -> Array | None:
     if isinstance(value, int | float | np.ndarray | np.generic):
         return np.asarray(value)
     return None
+
+
+def _has_indices(source: object) -> bool:
+    """Whether it has a length and can be asked for its elements by their positions."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(source, torch.utils.data.IterableDataset):
+        return False  # it has `__getitem__`, but that of its base class
+    return hasattr(source, "__getitem__") and hasattr(source, "__len__")
+
+
+@dataclass(frozen=True)
+class _InOrder:
+    """The elements of something that has a length and takes indices."""
+
+    source: Any
+
+    def __iter__(self) -> Iterator[object]:
+        return (self.source[i] for i in range(len(self.source)))
 
 
 def _warn_of_shuffling(source: object, name: str) -> None:
@@ -186,7 +204,7 @@ def _listed(source: Any, name: str, converter: _Converter) -> Samples:
     elif single:
         lengths = [1] * len(source)
     else:  # a data set of batches, which would all have to be made to learn how long they are
-        return _streamed((source[i] for i in range(len(source))), name, converter)
+        return _streamed(_InOrder(source), name, converter)
     ends = np.cumsum(lengths)
     starts = ends - lengths
 

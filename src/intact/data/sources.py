@@ -70,7 +70,7 @@ def open_samples(
     if data_dir is not None:
         raise DataError(f"only {' and '.join(BUILT_IN)} take a data folder besides their name.")
     if not isinstance(source, str | PathLike):
-        return iterable_samples(source, f"a {type(source).__name__}", preprocessing, shape)
+        return iterable_samples(source, f"the given {type(source).__name__}", preprocessing, shape)
     path = Path(os.fsdecode(source))
     if path.suffix.lower() in ARRAY_SUFFIXES and not path.is_dir():
         return array_samples(path.name, *read_arrays(path), preprocessing, shape, workers)
