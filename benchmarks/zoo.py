@@ -138,9 +138,12 @@ def main() -> None:
         found = measured(entry) if entry.name in chosen else old
         rows[key] = {**described(entry), "measured": found}
         print(f"{entry.name} on {entry.data}: {found and found['integer_correct']}", flush=True)
-    order = [(entry.name, entry.data) for entry in known]
-    text = json.dumps([rows[key] for key in order], indent=2)
-    FILE.write_text(text + "\n", encoding="utf-8")
+        write([rows[key] for e in known if (key := (e.name, e.data)) in rows])
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The file, after every row: measuring all takes hours, and may be interrupted."""
+    FILE.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

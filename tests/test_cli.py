@@ -499,7 +499,8 @@ def test_ctrl_c_is_status_130(tmp_path, monkeypatch):
 
 COMMANDS = [
     [], ["lenet"], ["train"], ["train", "lenet"], ["train", "resnet20"], ["inspect"], ["evaluate"],
-    ["run"], ["bench"], ["report"], ["export"], ["certify"],
+    ["run"], ["bench"], ["report"], ["export"], ["certify"], ["quantize"],
+    ["check"], ["zoo"],
 ]  # fmt: skip
 
 

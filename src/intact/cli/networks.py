@@ -42,9 +42,13 @@ class PresetChoice(str, Enum):
 
 
 MODEL_HELP = (
-    "FILE.py:NAME or package.module:NAME, where NAME is a function or class without arguments, or "
-    "the network itself; FILE.pt2, an exported program; or a name that `intact zoo` lists."
+    "The network: FILE.py:NAME or package.module:NAME, where NAME is a function or class without "
+    "arguments, or the network itself; FILE.pt2, an exported program; or a name that `intact zoo` "
+    "lists."
 )
+
+IMAGES = "Images"
+"""The heading of options, in the help, that are about images only."""
 
 WeightsOption = Annotated[
     Path | None,
@@ -58,37 +62,61 @@ PresetOption = Annotated[
     PresetChoice | None,
     typer.Option(
         "--preset",
+        metavar="NAME",
+        rich_help_panel=IMAGES,
         help="What becomes of pixels, as in the network's training. imagenet: 256, 224, mean and "
-        "deviation of ImageNet. caffe: BGR. signed: [-1, 1]. unit: [0, 1].",
+        "deviation of ImageNet. caffe: BGR from 0 to 255. signed: [-1, 1]. unit: [0, 1].",
     ),
 ]
 ResizeOption = Annotated[
     int | None,
     typer.Option(
-        "--resize", metavar="N", min=1, help="Shorter side of images in pixels, before the crop."
+        "--resize",
+        metavar="N",
+        min=1,
+        rich_help_panel=IMAGES,
+        help="Shorter side of images in pixels, before the crop.",
     ),
 ]
 CropOption = Annotated[
     str | None,
-    typer.Option("--crop", metavar="H[,W]", help="Size of the piece from the centre, in pixels."),
+    typer.Option(
+        "--crop",
+        metavar="H[,W]",
+        rich_help_panel=IMAGES,
+        help="Size of the piece from the centre, in pixels.",
+    ),
 ]
 MeanOption = Annotated[
     str | None,
     typer.Option(
         "--mean",
         metavar="M[,M,M]",
+        rich_help_panel=IMAGES,
         help="Subtract this from pixels between 0 and 1; one number, or one per channel.",
     ),
 ]
 StdOption = Annotated[
-    str | None, typer.Option("--std", metavar="S[,S,S]", help="Then divide by this.")
+    str | None,
+    typer.Option("--std", metavar="S[,S,S]", rich_help_panel=IMAGES, help="Then divide by this."),
 ]
 WorkersOption = Annotated[
-    int, typer.Option("--workers", metavar="N", min=0, help="Processes that decode images.")
+    int,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=0,
+        rich_help_panel=IMAGES,
+        help="Processes that decode images.",
+    ),
 ]
 SkipCorruptOption = Annotated[
     bool,
-    typer.Option("--skip-corrupt", help="Leave images out that cannot be read, and say which."),
+    typer.Option(
+        "--skip-corrupt",
+        rich_help_panel=IMAGES,
+        help="Leave images out that cannot be read, and say which.",
+    ),
 ]
 InputShapeOption = Annotated[
     str | None,

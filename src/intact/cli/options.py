@@ -98,7 +98,7 @@ JsonOption = Annotated[
 ProgramArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="PROGRAM", help="A program.safetensors, from `intact lenet` or `Program.save`."
+        metavar="PROGRAM", help="A program.safetensors, from `intact quantize` or `Program.save`."
     ),
 ]
 

@@ -34,7 +34,7 @@ def redraw(folder: Path) -> Path | None:
     source = folder / "results.json"
     if not source.exists():
         return None
-    return draw(report_from_json(read_text(source, "Run `intact lenet` again.")), folder)
+    return draw(report_from_json(read_text(source, "Run the experiment again.")), folder)
 
 
 def show_report(report: Report, folder: Path) -> None:

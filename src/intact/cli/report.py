@@ -15,7 +15,7 @@ from intact.cli.pages import draw, show_report
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A folder that `intact lenet` left.")
+        Path, typer.Argument(metavar="OUT", help="A folder that `intact quantize` or `lenet` left.")
     ],
     open_page: Annotated[
         bool, typer.Option("--open", help="Open the page in the web browser.")
@@ -29,7 +29,7 @@ def report(
     from intact.report import report_from_json, report_to_json
 
     loaded = report_from_json(
-        read_text(folder / "results.json", "Name a folder that `intact lenet` left.")
+        read_text(folder / "results.json", "Name a folder that `intact quantize` or `lenet` left.")
     )
     page = draw(loaded, folder)
     if as_json:
