@@ -21,6 +21,7 @@ from intact.arithmetic import (
     code_range,
     grid_neighbours,
     multiplier_value,
+    quantize,
 )
 from intact.ops import (
     Add,
@@ -31,11 +32,17 @@ from intact.ops import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Multiply,
     Op,
+    Pad,
     Permute,
     Requantize,
     Reshape,
     Shape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
     output_shape,
     pool_size,
 )
@@ -202,6 +209,7 @@ def programs(draw: Draw, max_ops: int = 6) -> Program:
         names = list(b.tensors)
         source = draw(st.sampled_from([names[-1], names[-1], *names]))
         kinds = [_linear, _add, _concat, _reshape, _permute, _clamp, _requantize]
+        kinds += [_subtract, _multiply, _multiply, _table, _table, _slice, _pad, _upsample]
         if len(b.shape(source)) == 3:
             kinds += [*[_conv] * 4, *[_max_pool] * 2, *[_avg_pool] * 2, _global_avg_pool]
         draw(st.sampled_from(kinds))(draw, b, source)
@@ -316,6 +324,86 @@ def _add(draw: Draw, b: Builder, source: str) -> None:
     shape = b.shape(source)
     operands = _partners(draw, b, source, lambda s: s == shape, 2)
     b.add(Add(b.new_name("add"), operands), _narrowed(draw, b.grid(operands[0])))
+
+
+def _subtract(draw: Draw, b: Builder, source: str) -> None:
+    shape = b.shape(source)
+    operands = _partners(draw, b, source, lambda s: s == shape, 2)
+    b.add(Subtract(b.new_name("subtract"), operands), _narrowed(draw, b.grid(operands[0])))
+
+
+def _multiply(draw: Draw, b: Builder, source: str) -> None:
+    """By a tensor of its shape, or by one of length 1 along some axes, such as a slice of it."""
+    shape = b.shape(source)
+    if draw(st.booleans()):
+        axis = draw(st.integers(0, len(shape) - 1))
+        at = draw(st.integers(0, shape[axis] - 1))
+        b.add(Slice(b.new_name("slice"), (source,), axis, at, at + 1), b.grid(source))
+
+    def fits(other: Shape) -> bool:
+        return len(other) == len(shape) and all(
+            n in (1, size) for n, size in zip(other, shape, strict=True)
+        )
+
+    other = draw(st.sampled_from([name for name in b.tensors if fits(b.shape(name))][::-1]))
+    op = Multiply(b.new_name("multiply"), (source, other))
+    grid = draw(grids())
+    reach = [b.grid(name).scale[0] * max(b.grid(name).max_magnitude, 1) for name in op.inputs]
+    scale = draw(st.sampled_from([0.25, 1.0, 1.3])) * reach[0] * reach[1]
+    if not 2.0**-100 <= scale <= 2.0**100:
+        _requantize(draw, b, source)
+        return
+    scale = float(np.float32(scale / max(grid.max_magnitude, 1)))
+    quotient = b.grid(source).scale[0] * b.grid(other).scale[0] / scale
+    multipliers = draw(st.sampled_from(GRIDS))
+    b.parameters[f"{op.name}.multiplier"] = grid_neighbours([quotient], multipliers, grid.bits)[0]
+    b.add(op, replace(grid, scale=(scale,)))
+
+
+def _table(draw: Draw, b: Builder, source: str) -> None:
+    """Any codes at all, for all channels or for each: no engine may assume a smooth function."""
+    op = Table(b.new_name("table"), (source,))
+    grid = draw(grids())
+    rows = draw(st.sampled_from([1, 1, b.shape(source)[0]]))
+    shape = (rows, 2 ** b.grid(source).bits)
+    table = b.rng.integers(grid.qmin, grid.qmax + 1, shape).astype(grid.dtype)
+    b.parameters[f"{op.name}.table"] = table
+    b.add(op, grid)
+
+
+def _slice(draw: Draw, b: Builder, source: str) -> None:
+    shape = b.shape(source)
+    axis = draw(st.integers(0, len(shape) - 1))
+    start = draw(st.integers(0, shape[axis] - 1))
+    stop, step = draw(st.integers(start + 1, shape[axis])), draw(st.sampled_from([1, 1, 2, 3]))
+    op = Slice(b.new_name("slice"), (source,), axis, start, stop, step)
+    b.add(op, b.grid(source))
+
+
+def _pad(draw: Draw, b: Builder, source: str) -> None:
+    shape, grid = b.shape(source), b.grid(source)
+    padding = tuple(draw(st.sampled_from([0, 0, 1, 2])) for _ in range(2 * len(shape)))
+    value = draw(st.sampled_from([0.0, 0.0, 1.3 * grid.scale[0], -50.0 * grid.scale[0]]))
+    op = Pad(b.new_name("pad"), (source,), padding, value)
+    if math.prod(output_shape(op, [shape])) > MOST_ELEMENTS:
+        _requantize(draw, b, source)
+        return
+    low, high = code_range(grid.bits, grid.signed)
+    code = int(quantize(value, replace(grid, qmin=low, qmax=high)))
+    b.add(op, replace(grid, qmin=min(grid.qmin, code), qmax=max(grid.qmax, code)))
+
+
+def _upsample(draw: Draw, b: Builder, source: str) -> None:
+    shape = b.shape(source)
+    op = Upsample(
+        b.new_name("upsample"),
+        (source,),
+        tuple(draw(st.sampled_from([1, 2, 2, 3])) for _ in shape),
+    )
+    if math.prod(output_shape(op, [shape])) > MOST_ELEMENTS:
+        _requantize(draw, b, source)
+        return
+    b.add(op, b.grid(source))
 
 
 def _concat(draw: Draw, b: Builder, source: str) -> None:

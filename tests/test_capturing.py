@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from intact.capturing import capture
+from intact.capturing import capture, survey
 from intact.errors import CaptureError
 from intact.ops import (
     Add,
@@ -253,7 +253,8 @@ EXACT = {
 @pytest.mark.parametrize("name", EXACT)
 def test_without_batch_norm_the_network_equals_the_module_bit_for_bit(name):
     _, got, expected = both(*EXACT[name])
-    assert torch.equal(got, expected)
+    # A bare number per sample is a vector of length 1.
+    assert torch.equal(got.reshape(expected.shape), expected)
 
 
 def preactivation(s, x):
@@ -419,17 +420,23 @@ def test_a_norm_that_cannot_be_folded_is_a_depthwise_convolution():
 
 
 def test_a_clamp_fuses_only_where_nobody_else_reads_the_unclamped_tensor():
-    module = Call(lambda s, x: (y := s.a(x)).detach() + F.relu(y), a=nn.Linear(4, 4))
-    network = capture(module, torch.zeros(1, 4))
+    def forward(s, x):
+        y = s.a(x)
+        return s.b(F.relu(y)) + y
+
+    network = capture(Call(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.zeros(1, 4))
     assert network.tensors["a"].low == -math.inf
     assert network.ops[1] == Clamp("relu", ("a",))
     assert network.tensors["relu"].low == 0
 
 
 def test_a_second_clamp_does_not_reach_readers_of_the_first():
-    module = Call(lambda s, x: (y := F.relu(s.a(x))) + y.clamp(max=1), a=nn.Linear(4, 4))
-    network, got, expected = both(module, (4,))
-    assert kinds(network) == ["Linear", "Clamp", "Add"]
+    def forward(s, x):
+        y = F.relu(s.a(x))
+        return s.b(y.clamp(max=1)) + y
+
+    network, got, expected = both(Call(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), (4,))
+    assert kinds(network) == ["Linear", "Clamp", "Linear", "Add"]
     assert (network.tensors["a"].low, network.tensors["a"].high) == (0, math.inf)
     assert (network.tensors["clamp"].low, network.tensors["clamp"].high) == (-math.inf, 1)
     assert torch.equal(got, expected)
@@ -577,14 +584,14 @@ def test_capture_leaves_warnings_and_logging_as_they_were(capfd):
 class Unsupported(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid())
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
         self.norm = nn.BatchNorm2d(4, track_running_stats=False)
 
     def forward(self, x):
         x = self.norm(self.body(x))
         left, right = x.chunk(2, 1)
-        x = torch.cat([left, F.gelu(right)], 1) * 2
-        x = F.relu(x + 1)
+        x = torch.cat([left, F.gelu(right)], 1) / left.repeat(1, 2, 1, 1)
+        x = F.relu(x + torch.rand(6))
         return torch.softmax(x.flatten(1), 1)
 
 
@@ -592,15 +599,14 @@ def test_one_error_lists_every_offender_with_layer_source_line_and_advice():
     with pytest.raises(CaptureError) as error:
         capture(Unsupported(), torch.zeros(1, 3, 8, 8))
     text = str(error.value)
-    assert text.startswith("7 operations of Unsupported cannot be captured:\n")
+    assert text.startswith("6 operations of Unsupported cannot be captured:\n")
     items = text.split("\n\n")[1:-1]
     expected = [
-        ("sigmoid in body.1", "x = self.norm(self.body(x))", "Use ReLU"),
+        ("group_norm in body.1", "x = self.norm(self.body(x))", "Use batch norm"),
         ("batch_norm in norm", "x = self.norm(self.body(x))", "track_running_stats=True"),
-        ("chunk in Unsupported", "left, right = x.chunk(2, 1)", "layers of their own"),
-        ("gelu in Unsupported", "x = torch.cat([left, F.gelu(right)], 1) * 2", "Use ReLU"),
-        ("mul in Unsupported", "x = torch.cat([left, F.gelu(right)], 1) * 2", "constant factor"),
-        ("add in Unsupported", "x = F.relu(x + 1)", "An operand is 1"),
+        ("repeat in Unsupported", "x = torch.cat([left, F.gelu(right)], 1)", "no such operation"),
+        ("div in Unsupported", "x = torch.cat([left, F.gelu(right)], 1)", "reciprocal"),
+        ("rand in Unsupported", "x = F.relu(x + torch.rand(6))", "no such operation"),
         ("softmax in Unsupported", "return torch.softmax(x.flatten(1), 1)", "argmax"),
     ]
     assert len(items) == len(expected)
@@ -608,9 +614,17 @@ def test_one_error_lists_every_offender_with_layer_source_line_and_advice():
         head, source, reason = (line.strip() for line in item.splitlines())
         assert head == f"{i}. {what}"
         assert source.startswith("test_capturing.py:")
-        assert source.endswith(f": {code}")
+        assert code in source
         assert advice in reason
-    assert text.splitlines()[-1].startswith("Supported: conv2d, linear")
+    assert text.splitlines()[-1].startswith("Supported: convolutions")
+
+
+def test_a_survey_lists_what_capture_raises():
+    found = survey(Unsupported(), torch.zeros(1, 3, 8, 8))
+    assert found.network is None
+    assert [r.function for r in found.refusals][:2] == ["group_norm", "batch_norm"]
+    assert found.refusals[0].layer == "body.1"
+    assert survey(nn.Linear(4, 3), torch.zeros(1, 4)).refusals == ()
 
 
 IMAGE, VECTOR = (3, 8, 8), (6,)
@@ -623,18 +637,10 @@ IMAGE, VECTOR = (3, 8, 8), (6,)
         (lambda x: x.permute(1, 0, 2, 3), IMAGE, "It moves the batch"),
         (lambda x: x.transpose(0, -1), IMAGE, "It moves the batch"),
         (lambda x: torch.cat([x, x]), IMAGE, "It joins along the batch"),
-        (lambda x: x + x[:, :1], IMAGE, "indexing in Call(.|\n)*It broadcasts"),
         (lambda x: torch.add(x, x, alpha=2), IMAGE, "alpha = 2"),
-        (lambda x: x + torch.ones(8), IMAGE, "An operand is a tensor that is constant"),
-        (lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), IMAGE, "at the border"),
-        (lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True), IMAGE, "hang over"),
-        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), IMAGE, "Drop divisor_override"),
-        (lambda x: F.adaptive_avg_pool2d(x, 3), IMAGE, r"\[3, 3\] does not divide \[8, 8\]"),
-        (lambda x: F.adaptive_max_pool2d(x, 5), IMAGE, r"\[5, 5\] does not divide"),
         (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], IMAGE, "not its indices"),
         (lambda x: F.max_pool2d(x[:, :, :1], 2, 1, 1, 2), IMAGE, "nothing but padding"),
         (lambda x: F.max_pool2d(x, 2), (8, 8), r"takes batches of 4 dimensions"),
-        (lambda x: x.mean(2).mean(2), IMAGE, "2 operations(.|\n)*both spatial axes at once"),
         (lambda x: x.clamp(max=torch.tensor(2.0)), VECTOR, "bounds as numbers"),
         (lambda x: F.dropout(x, 0.5), VECTOR, "drops in eval mode too"),
         (lambda x: F.linear(x, x), VECTOR, "weights depend on the input"),
@@ -643,8 +649,24 @@ IMAGE, VECTOR = (3, 8, 8), (6,)
         (lambda x: F.log_softmax(x, 1) + x, VECTOR, "The op set has no such operation"),
         (lambda x: F.log_softmax(x, 1), VECTOR, "Leave it out"),
         (lambda x: x.argmax(1), VECTOR, "take the argmax of the network's output"),
-        (lambda x: F.pad(x, (1, 1)), IMAGE, "Give zero padding to the convolution"),
-        (lambda x: F.interpolate(x, scale_factor=2), IMAGE, "1. interpolate in Call"),
+        (lambda x: x + torch.rand_like(x), IMAGE, "1. rand_like in Call"),
+        (lambda x: x + torch.ones(3, 8, 1), IMAGE, "differs by position"),
+        (lambda x: torch.where(x > 0, x, torch.arange(8.0)), IMAGE, "differs by position"),
+        (lambda x: x / x.mean((2, 3), keepdim=True), IMAGE, "divides one tensor by another"),
+        (lambda x: x / 0, IMAGE, "divides by 0"),
+        (lambda x: torch.maximum(x, x.mean((2, 3), keepdim=True)), IMAGE, "combines two tensors"),
+        (lambda x: x[:2], IMAGE, "keep the batch as its first"),
+        (lambda x: x[0], IMAGE, "single samples out of the batch"),
+        (lambda x: x.mean(), IMAGE, "no such operation"),
+        (lambda x: x.mean(0), IMAGE, "reduces the batch"),
+        (lambda x: torch.stack([x, x]), IMAGE, "stacks along the batch|keep the batch"),
+        (lambda x: F.pad(x, (1, 1), mode="reflect"), IMAGE, "1. pad|reflection_pad"),
+        (lambda x: F.pad(x, (1, 1), value=-math.inf), IMAGE, "pads with an infinity"),
+        (lambda x: F.interpolate(x, size=(12, 12)), IMAGE, r"\[8, 8\] to \[12, 12\], which is no"),
+        (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), IMAGE, "mode='nearest'"),
+        (lambda x: F.adaptive_max_pool2d(x, (1, 77)), (1, 1, 150), "more than 64"),
+        (lambda x: F.adaptive_avg_pool2d(x, 50), (1, 99, 99), "too many"),
+        (lambda x: F.layer_norm(x, (8,)), IMAGE, "1. layer_norm in Call(.|\n)*Use batch norm"),
         (lambda x: x.half().float(), VECTOR, "converts to torch.float16"),
         (lambda x: x.squeeze(1) @ x.squeeze(1).mT, (1, 4, 4), "matmul in Call(.|\n)*nn.Linear"),
     ],

@@ -26,9 +26,12 @@ from intact.ops import (
     Clamp,
     Concat,
     GlobalAvgPool,
+    Multiply,
     Op,
+    Pad,
     Requantize,
-    accumulates,
+    Subtract,
+    has_own_grid,
     moves_codes,
     pool_size,
     weighted,
@@ -41,12 +44,12 @@ __all__ = ["align", "choose_qparams", "grid_for_range"]
 
 
 def align(network: Network) -> Network:
-    """Insert a `Requantize` before every add and concat operand that needs one.
+    """Insert a `Requantize` before every operand of a sum or concat that needs one.
 
-    Operands and result of an add (and of a concat) share one grid (arithmetic.md, section 4). An
-    operand whose producer requantizes anyway, and that nobody else reads, is requantized straight
-    to that grid; any other goes through an operation of its own, `<add>.requantize<i>`, which is
-    the identity in the float network.
+    Operands and result of an add (of a subtract, of a concat) share one grid (arithmetic.md,
+    section 4). An operand whose producer requantizes anyway, and that nobody else reads, is
+    requantized straight to that grid; any other goes through an operation of its own,
+    `<add>.requantize<i>`, which is the identity in the float network.
     """
     producers = {op.name: op for op in network.ops}
     reads = [tensor for op in network.ops for tensor in op.inputs] + [network.output]
@@ -55,12 +58,12 @@ def align(network: Network) -> Network:
         if reads.count(tensor) != 1 or tensor not in producers:
             return False
         op = producers[tensor]
-        return accumulates(op) or (moves_codes(op) and steerable(op.inputs[0]))
+        return has_own_grid(op) or (moves_codes(op) and steerable(op.inputs[0]))
 
     ops: list[Op] = []
     tensors: dict[str, TensorSpec] = dict(network.tensors)
     for op in network.ops:
-        if isinstance(op, Add | Concat):
+        if isinstance(op, Add | Subtract | Concat):
             inputs = list(op.inputs)
             for i, tensor in enumerate(op.inputs):
                 if not steerable(tensor):
@@ -85,9 +88,9 @@ def choose_qparams(
     operands and result hold together: its result alone would not do, as a ReLU that is fused into
     the add hides that operands are negative. A concat decides for its operands likewise.
 
-    Where no weight can absorb what a multiplier loses on its grid, a scale does: an average pool's
-    result has the scale that its multiplier implies, and on the power-of-two grid both ends of a
-    `Requantize` have powers of two.
+    Where no weight can absorb what a multiplier loses on its grid, a scale does: the result of an
+    average pool or a product has the scale that its multiplier implies, and on the power-of-two
+    grid both ends of a `Requantize` have powers of two.
     """
     recipe.check_layers(op.name for op in network.ops)
     producers = {op.name: op for op in network.ops}
@@ -95,14 +98,18 @@ def choose_qparams(
     for op in network.ops:
         decider[op.name] = decider[op.inputs[0]] if moves_codes(op) else op.name
     for op in reversed(network.ops):  # what an add decides goes back through what moves codes
-        if isinstance(op, Add | Concat) or moves_codes(op):
+        if isinstance(op, Add | Subtract | Concat) or moves_codes(op):
             for tensor in op.inputs:
                 decider[tensor] = decider[op.name]
     _check_overrides(network, recipe, set(decider.values()))
     rescaled = _rescaled(network, decider) if recipe.grid == "power_of_two" else set()
     grids: dict[str, QParams] = {}
+    padded = _padded(network, decider)
     for name in dict.fromkeys(decider.values()):
-        sketch = _sketch_of(name, network, sketches)
+        sketch = reduce(
+            Sketch.merge,
+            (_sketch_of(tensor, network, sketches) for tensor in (name, *padded.get(name, ()))),
+        )
         if name == network.input:
             grids[name] = _input_grid(sketch, recipe.input)
             continue
@@ -118,6 +125,9 @@ def choose_qparams(
             source = op.inputs[0]
             unit = grids[decider[source]].scale[0] / pool_size(op, network.tensors[source].shape)
             grids[name] = _absorbing(grids[name], unit, recipe.grid)
+        elif isinstance(op, Multiply):
+            unit = math.prod(grids[decider[source]].scale[0] for source in op.inputs)
+            grids[name] = _absorbing(grids[name], unit, recipe.grid)
 
     result = {network.input: grids[decider[network.input]]}
     for op in network.ops:
@@ -127,6 +137,9 @@ def choose_qparams(
             qmin, qmax = min(p.qmin for p in parts), max(p.qmax for p in parts)
         elif moves_codes(op) and not isinstance(op, Clamp):
             qmin, qmax = result[op.inputs[0]].qmin, result[op.inputs[0]].qmax
+            if isinstance(op, Pad):
+                constant = _code(op.value, grid)
+                qmin, qmax = min(qmin, constant), max(qmax, constant)
         else:
             spec_ = network.tensors[op.name]
             qmin, qmax = _code(spec_.low, grid), _code(spec_.high, grid)
@@ -152,10 +165,10 @@ def _check_overrides(network: Network, recipe: Recipe, deciders: set[str]) -> No
 
 
 def _sketch_of(name: str, network: Network, sketches: Mapping[str, Sketch]) -> Sketch:
-    """What a grid has to serve: the tensor, and for an add its two operands too."""
+    """What a grid has to serve: the tensor, and for a sum its two operands too."""
     sources = {op.name: op.inputs[0] for op in network.ops if isinstance(op, Requantize)}
     op = next((op for op in network.ops if op.name == name), None)
-    tensors = [name, *(op.inputs if isinstance(op, Add) else ())]
+    tensors = [name, *(op.inputs if isinstance(op, Add | Subtract) else ())]
     seen = []
     for tensor in tensors:
         source = sources.get(tensor, tensor)  # a Requantize is the identity in float
@@ -163,6 +176,15 @@ def _sketch_of(name: str, network: Network, sketches: Mapping[str, Sketch]) -> S
             raise CalibrationError(f"tensor {source!r} has no Sketch: calibrate the same network.")
         seen.append(sketches[source])
     return reduce(Sketch.merge, seen)
+
+
+def _padded(network: Network, decider: Mapping[str, str]) -> dict[str, list[str]]:
+    """Deciders of grids that have to hold constants, too -> the tensors that those surround."""
+    padded: dict[str, list[str]] = {}
+    for op in network.ops:
+        if isinstance(op, Pad) and op.value:
+            padded.setdefault(decider[op.name], []).append(op.name)
+    return padded
 
 
 def grid_for_range(low: float, high: float, spec: ActivationRecipe) -> QParams:

@@ -20,7 +20,18 @@ from intact.arithmetic import (
 )
 from intact.errors import IntactError
 from intact.network import Network
-from intact.ops import AvgPool2d, GlobalAvgPool, Op, accumulates, pool_size, weighted
+from intact.ops import (
+    AvgPool2d,
+    GlobalAvgPool,
+    Multiply,
+    Op,
+    Shape,
+    Table,
+    has_own_grid,
+    pool_size,
+    weighted,
+)
+from intact.pointwise import Pointwise
 from intact.program import Program, QTensor
 from intact.ranges import MinMax, choose_range
 from intact.recipe import Recipe, WeightRecipe
@@ -49,7 +60,7 @@ def lower(
     """
     parameters: dict[str, Array] = {}
     for op in network.ops:
-        if not accumulates(op):
+        if not has_own_grid(op):
             continue
         try:
             parameters |= _lower_op(network, qparams, recipe, op)
@@ -67,10 +78,15 @@ def _lower_op(
     network: Network, qparams: Mapping[str, QParams], recipe: Recipe, op: Op
 ) -> dict[str, Array]:
     source, result = qparams[op.inputs[0]], qparams[op.name]
+    if isinstance(op, Table):
+        function, shape = network.functions[op.name], network.tensors[op.name].shape
+        return {f"{op.name}.table": quantize_function(function, source, result, shape)}
     ratio = source.scale[0] / result.scale[0]  # float64
     if not weighted(op):
         if isinstance(op, AvgPool2d | GlobalAvgPool):
             ratio /= pool_size(op, network.tensors[op.inputs[0]].shape)
+        if isinstance(op, Multiply):
+            ratio *= qparams[op.inputs[1]].scale[0]
         return {f"{op.name}.multiplier": _nearest(ratio, recipe.grid, result.bits)}
     weight = network.parameters[f"{op.name}.weight"].detach().cpu().numpy()
     tensor = network.parameters.get(f"{op.name}.bias")
@@ -137,6 +153,32 @@ def quantize_weight(
         np.where(better, scale_2, scale),
         np.where(better, multiplier_2, multiplier),
     )
+
+
+def quantize_function(function: Pointwise, source: QParams, result: QParams, shape: Shape) -> Array:
+    """A function as a table of codes, int8 or uint8 `[1 or C, 2**bits]`.
+
+    source, result  the grids of what goes in and comes out
+    shape           of a sample; axis 0 holds the channels of a function that differs by channel
+
+    Row by row the results for all codes of the input's type, the lowest first; codes outside of
+    its range have the entry of the nearest one inside. Computed in float64 (arithmetic.md, section
+    4). A function without a value at some code raises `IntactError` that names the input.
+    """
+    low, high = code_range(source.bits, source.signed)
+    used = np.clip(np.arange(low, high + 1), source.qmin, source.qmax)
+    real = source.scale[0] * (used - source.zero_point).astype(np.float64)
+    value = function.tabulate(real, shape)
+    if np.isnan(value).any():
+        at = real[np.argwhere(np.isnan(value))[0][1]]
+        raise IntactError(
+            f"{function.label} is not a number at {at:.6g}, which its input can be. Clamp the "
+            "input to where the function has values."
+        )
+    with np.errstate(over="ignore"):  # an infinity saturates
+        codes = np.rint(value / result.scale[0])
+    codes = np.clip(codes, result.qmin - result.zero_point, result.qmax - result.zero_point)
+    return np.asarray(codes + result.zero_point, result.dtype)
 
 
 def quantize_bias(

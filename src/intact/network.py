@@ -21,19 +21,26 @@ from intact.ops import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Multiply,
     Op,
+    Pad,
     Padding,
     Pair,
     Permute,
     Requantize,
     Reshape,
     Shape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
     last_uses,
     output_shape,
     weighted,
 )
+from intact.pointwise import Pointwise
 
-__all__ = ["Hook", "Network", "TensorSpec", "pad"]
+__all__ = ["Hook", "Network", "TensorSpec", "around", "pad", "strided", "upsample"]
 
 Hook = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -60,6 +67,7 @@ class Network:
     tensors     input and every op's name -> `TensorSpec`
     parameters  `<op>.weight` and, where there is one, `<op>.bias` -> float32
     sources     op -> the user's source line, for messages
+    functions   every `Table` -> what it computes
 
     `network(x)` runs it in torch, differentiably, on whatever device the parameters are.
     """
@@ -70,9 +78,10 @@ class Network:
     tensors: Mapping[str, TensorSpec]
     parameters: Mapping[str, torch.Tensor]
     sources: Mapping[str, str] = field(default_factory=dict)
+    functions: Mapping[str, Pointwise] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("tensors", "parameters", "sources"):
+        for name in ("tensors", "parameters", "sources", "functions"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         known = {self.input}
         for op in self.ops:
@@ -85,6 +94,8 @@ class Network:
             weight = self.parameters.get(f"{op.name}.weight")
             if weighted(op) and weight is None:
                 raise IntactError(f"op {op.name!r} has no weight.")
+            if isinstance(op, Table) and op.name not in self.functions:
+                raise IntactError(f"op {op.name!r} has no function.")
             shapes = [self.tensors[i].shape for i in op.inputs]
             shape = output_shape(op, shapes, None if weight is None else tuple(weight.shape))
             if shape != self.tensors[op.name].shape:
@@ -136,6 +147,12 @@ class Network:
                 return F.linear(x, weight, self.parameters.get(f"{op.name}.bias"))
             case Add():
                 return x + inputs[1]
+            case Subtract():
+                return x - inputs[1]
+            case Multiply():
+                return x * inputs[1]
+            case Table():
+                return self.functions[op.name](x)
             case Concat():
                 return torch.cat(inputs, dim=op.axis + 1)
             case MaxPool2d():
@@ -150,6 +167,12 @@ class Network:
                 return x.reshape(len(x), *op.shape)
             case Permute():
                 return x.permute(0, *(a + 1 for a in op.axes))
+            case Slice():
+                return strided(x, op)
+            case Pad():
+                return F.pad(x, around(op), value=op.value)
+            case Upsample():
+                return upsample(x, op)
             case Clamp() | Requantize():
                 return x
             case _:
@@ -165,6 +188,26 @@ class Network:
     def to(self, device: torch.device | str) -> Network:
         """The same network with its parameters on another device."""
         return replace(self, parameters={k: v.to(device) for k, v in self.parameters.items()})
+
+
+def strided(x: torch.Tensor, op: Slice) -> torch.Tensor:
+    """The indices of a `Slice`: `[N, *shape]` to `[N, *output shape]`."""
+    chosen = slice(op.start, op.stop, op.step)
+    return x[(slice(None),) * (op.axis + 1) + (chosen,)]
+
+
+def around(op: Pad) -> list[int]:
+    """The padding of a `Pad` in the order that `torch.nn.functional.pad` wants: last axis first."""
+    pairs = zip(op.padding[::2], op.padding[1::2], strict=True)
+    return [n for pair in reversed(list(pairs)) for n in pair]
+
+
+def upsample(x: torch.Tensor, op: Upsample) -> torch.Tensor:
+    """`[N, *shape]` with every element repeated along each axis of the sample."""
+    for axis, factor in enumerate(op.factors, 1):
+        if factor > 1:
+            x = x.repeat_interleave(factor, dim=axis)
+    return x
 
 
 def pad(

@@ -24,12 +24,19 @@ __all__ = [
     "GlobalAvgPool",
     "Linear",
     "MaxPool2d",
+    "Multiply",
     "Op",
+    "Pad",
     "Permute",
     "Requantize",
     "Reshape",
     "Shape",
+    "Slice",
+    "Subtract",
+    "Table",
+    "Upsample",
     "accumulates",
+    "has_own_grid",
     "last_uses",
     "macs",
     "moves_codes",
@@ -67,6 +74,34 @@ class Linear:
 @dataclass(frozen=True, slots=True)
 class Add:
     """Elementwise sum of two tensors of one shape (and, in a program, of one grid)."""
+
+    name: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Subtract:
+    """Elementwise difference of two tensors of one shape (and, in a program, of one grid)."""
+
+    name: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Multiply:
+    """Elementwise product; an axis along which the second tensor has length 1 is repeated."""
+
+    name: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Any function of one value, element by element; in a program a table of all codes.
+
+    A program has it as `<op>.table`, one row for all elements or one per index of axis 0; a float
+    network has the function, `intact.pointwise.Pointwise`.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -131,6 +166,41 @@ class Permute:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """Indices `start`, `start + step`, … below `stop` of one axis (of the sample)."""
+
+    name: str
+    inputs: tuple[str, ...]
+    axis: int = 0
+    start: int = 0
+    stop: int = 1
+    step: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pad:
+    """A constant around the tensor.
+
+    padding  elements before and after it along each axis: `(before_0, after_0, before_1, …)`
+    value    the constant as a real number; its code is `quantize(value)` on the result's grid
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    padding: tuple[int, ...] = ()
+    value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Upsample:
+    """Nearest neighbour: along axis `i` each element `factors[i]` times, one behind the other."""
+
+    name: str
+    inputs: tuple[str, ...]
+    factors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Clamp:
     """A clamp that could not be fused into its producer; its bounds are those of its result."""
 
@@ -150,12 +220,18 @@ Op: TypeAlias = (
     Conv2d
     | Linear
     | Add
+    | Subtract
+    | Multiply
+    | Table
     | Concat
     | MaxPool2d
     | AvgPool2d
     | GlobalAvgPool
     | Reshape
     | Permute
+    | Slice
+    | Pad
+    | Upsample
     | Clamp
     | Requantize
 )
@@ -168,12 +244,17 @@ def weighted(op: Op) -> bool:
 
 def accumulates(op: Op) -> bool:
     """Whether the op requantizes: it has a multiplier, and its result has a grid of its own."""
-    return isinstance(op, Conv2d | Linear | AvgPool2d | GlobalAvgPool | Requantize)
+    return isinstance(op, Conv2d | Linear | AvgPool2d | GlobalAvgPool | Multiply | Requantize)
+
+
+def has_own_grid(op: Op) -> bool:
+    """Whether the op's result has a grid of its own, which its operands do not decide."""
+    return accumulates(op) or isinstance(op, Table)
 
 
 def moves_codes(op: Op) -> bool:
     """Whether the op only moves or selects codes, so that its result keeps its input's grid."""
-    return isinstance(op, MaxPool2d | Reshape | Permute | Clamp)
+    return isinstance(op, MaxPool2d | Reshape | Permute | Slice | Pad | Upsample | Clamp)
 
 
 def pool_size(op: AvgPool2d | GlobalAvgPool, input_shape: Shape) -> int:
@@ -239,10 +320,15 @@ def output_shape(op: Op, inputs: Sequence[Shape], weight: Shape | None = None) -
             if weight is None or len(weight) != 2 or not shape or shape[-1] != weight[1]:
                 raise _fail(op, f"input {list(shape)} does not fit a weight of shape {weight}.")
             return (*shape[:-1], weight[0])
-        case Add():
+        case Add() | Subtract():
             shape = _need(op, inputs, 2, None)
             if inputs[0] != inputs[1]:
                 raise _fail(op, f"operands differ: {list(inputs[0])} and {list(inputs[1])}.")
+            return shape
+        case Multiply():
+            shape = _need(op, inputs, 2, len(inputs[0]) if inputs else None)
+            if any(n not in (1, size) for n, size in zip(inputs[1], shape, strict=True)):
+                raise _fail(op, f"{list(inputs[1])} is not repeated to {list(shape)}.")
             return shape
         case Concat():
             if not inputs or not 0 <= op.axis < len(inputs[0]):
@@ -276,7 +362,34 @@ def output_shape(op: Op, inputs: Sequence[Shape], weight: Shape | None = None) -
             if sorted(op.axes) != list(range(len(shape))):
                 raise _fail(op, f"{list(op.axes)} is no order of {len(shape)} axes.")
             return tuple(shape[a] for a in op.axes)
-        case Clamp() | Requantize():
+        case Slice():
+            shape = _need(op, inputs, 1, None)
+            if not (
+                0 <= op.axis < len(shape)
+                and 0 <= op.start < op.stop <= shape[op.axis]
+                and op.step >= 1
+            ):
+                raise _fail(
+                    op,
+                    f"there are no indices {op.start}:{op.stop}:{op.step} along axis {op.axis} of "
+                    f"{list(shape)}.",
+                )
+            length = math.ceil((op.stop - op.start) / op.step)
+            return (*shape[: op.axis], length, *shape[op.axis + 1 :])
+        case Pad():
+            shape = _need(op, inputs, 1, None)
+            if len(op.padding) != 2 * len(shape) or min(op.padding, default=-1) < 0:
+                raise _fail(op, f"padding {list(op.padding)} does not fit {list(shape)}.")
+            if not math.isfinite(op.value):
+                raise _fail(op, f"the constant is {op.value}, but it must be finite.")
+            ends = zip(op.padding[::2], op.padding[1::2], strict=True)
+            return tuple(n + sum(pair) for n, pair in zip(shape, ends, strict=True))
+        case Upsample():
+            shape = _need(op, inputs, 1, None)
+            if len(op.factors) != len(shape) or min(op.factors, default=0) < 1:
+                raise _fail(op, f"factors {list(op.factors)} do not fit {list(shape)}.")
+            return tuple(n * factor for n, factor in zip(shape, op.factors, strict=True))
+        case Table() | Clamp() | Requantize():
             return _need(op, inputs, 1, None)
         case _:
             assert_never(op)
@@ -285,6 +398,8 @@ def output_shape(op: Op, inputs: Sequence[Shape], weight: Shape | None = None) -
 def macs(op: Op, inputs: Sequence[Shape], output: Shape, weight: Shape | None = None) -> int:
     """Multiply-accumulates of one sample; an average pool counts its additions."""
     match op:
+        case Multiply():
+            return math.prod(output)
         case Conv2d() | Linear():
             return math.prod(output) * math.prod(weight[1:]) if weight else 0
         case AvgPool2d() | GlobalAvgPool():

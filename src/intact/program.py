@@ -34,8 +34,11 @@ from intact.ops import (
     Conv2d,
     GlobalAvgPool,
     MaxPool2d,
+    Multiply,
     Op,
     Shape,
+    Subtract,
+    Table,
     accumulates,
     macs,
     output_shape,
@@ -118,6 +121,9 @@ class Program:
                 `<op>.weight_scale`  float32 [1] or [O]
                 `<op>.multiplier`    of every op that accumulates, [1] or [O]: int32 `m` (dyadic,
                                      `M = m / 2**shift`) or float32 `M`
+                `<op>.table`         of a `Table`, int8 or uint8 as its result, `[1 or C, 2**bits]`:
+                                     the result's code for each code of the input's type, the
+                                     lowest first; a row per index of axis 0, or one for all
     info        free text about the program (recipe, origin); part of the file and of its hash
 
     Two programs are equal when their files would be.
@@ -225,6 +231,8 @@ class Program:
         if weighted(op):
             weight = self.parameters[f"{op.name}.weight"]
             return accumulator_bound(weight, biggest, self.parameters.get(f"{op.name}.bias"))
+        if isinstance(op, Multiply):
+            return np.array([biggest * self.tensors[op.inputs[1]].qparams.max_magnitude], np.int64)
         terms = 1
         if isinstance(op, AvgPool2d | GlobalAvgPool):
             terms = pool_size(op, self.tensors[op.inputs[0]].shape)
@@ -242,13 +250,13 @@ class Program:
         return macs(op, shapes, self.tensors[op.name].shape, kernel)
 
     def op_bytes(self, op: Op) -> int:
-        """Bytes of an op's weights, biases and multipliers, as stored: one byte per code."""
-        names = (f"{op.name}.{kind}" for kind in ("weight", "bias", "multiplier"))
+        """Bytes of an op's weights, biases, multipliers and table, as stored: a byte per code."""
+        names = (f"{op.name}.{kind}" for kind in ("weight", "bias", "multiplier", "table"))
         return sum(self.parameters[n].nbytes for n in names if n in self.parameters)
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of all weights, biases and multipliers: what running the program needs."""
+        """Bytes of all weights, biases, multipliers and tables: what running it needs."""
         return sum(map(self.op_bytes, self.ops))
 
     # -- files and looks -------------------------------------------------------------------------
@@ -522,6 +530,9 @@ def _validate_op(program: Program, op: Op) -> set[str]:
             f"an accumulator of {op.name!r} could reach {bound:,}, which int32 cannot hold. Use "
             "fewer bits, or split the layer.",
         )
+    elif isinstance(op, Table):
+        expected.add(f"{op.name}.table")
+        _check_table(program, op)
     else:
         _check_grid(program, op)
     return expected
@@ -605,6 +616,22 @@ def _check_multiplier(program: Program, op: Op, channels: int) -> None:
         )
 
 
+def _check_table(program: Program, op: Table) -> None:
+    """A table has an entry for every code of its input's type, and entries are legal codes."""
+    source, out = program.tensors[op.inputs[0]], program.tensors[op.name].qparams
+    name = f"{op.name}.table"
+    table = _array(program, name, out.dtype.type)
+    entries = 2**source.qparams.bits
+    _require(
+        table.shape in ((1, entries), (source.shape[0], entries)),
+        f"{name} must have shape [1 or {source.shape[0]}, {entries}], not {list(table.shape)}.",
+    )
+    _require(
+        out.qmin <= int(table.min()) and int(table.max()) <= out.qmax,
+        f"{name} holds codes outside of [{out.qmin}, {out.qmax}].",
+    )
+
+
 def _check_grid(program: Program, op: Op) -> None:
     """An op without a multiplier cannot change the grid of its operands."""
     out = program.tensors[op.name].qparams
@@ -617,7 +644,7 @@ def _check_grid(program: Program, op: Op) -> None:
             out.signed,
         )
         _require(same, f"op {op.name!r} and its input {tensor!r} must share scale and zero point.")
-        narrows = isinstance(op, Clamp | Add)
+        narrows = isinstance(op, Clamp | Add | Subtract)
         _require(
             narrows or (out.qmin <= given.qmin and given.qmax <= out.qmax),
             f"op {op.name!r} cannot narrow the code range of {tensor!r}.",

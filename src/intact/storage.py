@@ -48,6 +48,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
 }
 """In the order in which their tensors stand in the file: widest first, so that all are aligned."""
 _LENGTH_BYTES = 8

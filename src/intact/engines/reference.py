@@ -14,7 +14,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from typing_extensions import assert_never
 
-from intact.arithmetic import requantize
+from intact.arithmetic import code_range, quantize, requantize
 from intact.engines import CodesHook, empty_batch
 from intact.ops import (
     Add,
@@ -25,12 +25,18 @@ from intact.ops import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Multiply,
     Op,
+    Pad,
     Padding,
     Pair,
     Permute,
     Requantize,
     Reshape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
     last_uses,
 )
 from intact.program import Program
@@ -98,10 +104,20 @@ def run_op(program: Program, op: Op, inputs: list[Array]) -> Array:
             return _finish(program, op, x.sum((-2, -1), keepdims=True), 1)
         case Requantize():
             return _finish(program, op, q.astype(np.int64) - zeros[0], 1)
-        case Add():
-            acc = (q.astype(np.int64) - zeros[0]) + (inputs[1].astype(np.int64) - zeros[1])
+        case Multiply():
+            acc = (q.astype(np.int64) - zeros[0]) * (inputs[1].astype(np.int64) - zeros[1])
+            return _finish(program, op, acc, 1)
+        case Add() | Subtract():
+            sign = -1 if isinstance(op, Subtract) else 1
+            acc = (q.astype(np.int64) - zeros[0]) + sign * (inputs[1].astype(np.int64) - zeros[1])
             summed: Array = np.clip(acc + out.zero_point, out.qmin, out.qmax).astype(out.dtype)
             return summed
+        case Table():
+            table = program.parameters[f"{op.name}.table"]
+            grid = program.tensors[op.inputs[0]].qparams
+            entry = q.astype(np.int64) - code_range(grid.bits, grid.signed)[0]
+            row = np.arange(q.shape[1]).reshape(-1, *[1] * (q.ndim - 2)) if len(table) > 1 else 0
+            return np.asarray(table[row, entry])
         case Clamp():
             return np.clip(q, out.qmin, out.qmax)
         case Concat():
@@ -114,6 +130,15 @@ def run_op(program: Program, op: Op, inputs: list[Array]) -> Array:
             return q.reshape(len(q), *op.shape)
         case Permute():
             return np.transpose(q, (0, *(a + 1 for a in op.axes)))
+        case Slice():
+            return q[(slice(None),) * (op.axis + 1) + (slice(op.start, op.stop, op.step),)]
+        case Pad():
+            widths = [(0, 0), *zip(op.padding[::2], op.padding[1::2], strict=True)]
+            return np.pad(q, widths, constant_values=quantize(op.value, out))
+        case Upsample():
+            for axis, factor in enumerate(op.factors, 1):
+                q = np.repeat(q, factor, axis)
+            return q
         case _:
             assert_never(op)
 

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import assert_never
 
-from intact.arithmetic import QParams, multiplier_value
+from intact.arithmetic import QParams, code_range, multiplier_value, quantize
 from intact.engines import CodesHook, empty_batch
-from intact.network import pad
+from intact.network import around, pad, strided, upsample
 from intact.ops import (
     Add,
     AvgPool2d,
@@ -32,10 +32,16 @@ from intact.ops import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Multiply,
     Op,
+    Pad,
     Permute,
     Requantize,
     Reshape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
     accumulates,
     last_uses,
     weighted,
@@ -64,6 +70,10 @@ class TorchEngine:
         for op in program.ops:
             if accumulates(op):
                 self._prepare(op)
+            elif isinstance(op, Table):
+                zero_point = program.tensors[op.name].qparams.zero_point
+                table = program.parameters[f"{op.name}.table"].astype(np.float32) - zero_point
+                self._parameters[f"{op.name}.table"] = torch.from_numpy(table).to(self.device)
         self._pooled = _pool_first(program)
         # A GPU library may pick Winograd or FFT, whose intermediate values are fractions; unfolding
         # leaves sums of products only. On the CPU torch convolves directly.
@@ -144,8 +154,20 @@ class TorchEngine:
                 return x.to(self.accumulator_dtype(op)).sum((-2, -1), keepdim=True)
             case Requantize():
                 return x.clone()
-            case Add():
-                return (x + inputs[1]).clamp_(out.qmin - out.zero_point, out.qmax - out.zero_point)
+            case Multiply():
+                return x * inputs[1]
+            case Add() | Subtract():
+                total = x - inputs[1] if isinstance(op, Subtract) else x + inputs[1]
+                return total.clamp_(out.qmin - out.zero_point, out.qmax - out.zero_point)
+            case Table():
+                table = self._parameters[f"{op.name}.table"]
+                grid = self.program.tensors[op.inputs[0]].qparams
+                lowest = code_range(grid.bits, grid.signed)[0] - grid.zero_point
+                entry = (x - lowest).to(torch.int32)
+                if len(table) == 1:
+                    return table[0][entry]
+                row = torch.arange(len(table), device=x.device)
+                return table[row.reshape(-1, *[1] * (x.ndim - 2)), entry]
             case Clamp():
                 return x.clamp(out.qmin - out.zero_point, out.qmax - out.zero_point)
             case Concat():
@@ -157,6 +179,13 @@ class TorchEngine:
                 return x.reshape(len(x), *op.shape)
             case Permute():
                 return x.permute(0, *(a + 1 for a in op.axes))
+            case Slice():
+                return strided(x, op)
+            case Pad():
+                code = int(quantize(op.value, out))
+                return F.pad(x, around(op), value=float(code - out.zero_point))
+            case Upsample():
+                return upsample(x, op)
             case _:
                 assert_never(op)
 

@@ -1,0 +1,148 @@
+"""`capture`: a trained float module becomes a `Network`.
+
+`torch.export` yields a graph of ATen operations, in which in-place writes are already resolved.
+Each is canonicalised to the op set of `intact.ops`:
+
+| in the module | in the `Network` |
+|---|---|
+| `conv2d`, any stride, padding (numbers, "same", "valid"), dilation, groups | `Conv2d` |
+| `conv1d`, and pools over a line | as over an image of one row, between two `Reshape` |
+| `conv_transpose2d`, `conv_transpose1d` | `Conv2d` with a channel per phase, then `Reshape`, \
+`Permute`, `Slice` |
+| `linear` | `Linear` |
+| batch norm, and factors and offsets by channel | folded into the `Conv2d` or `Linear` whose \
+result nobody else reads; else a depthwise 1x1 `Conv2d` |
+| a constant factor or offset | folded likewise; else part of a `Table` |
+| `relu`, `relu6`, `hardtanh`, `clamp`, `clip` after an op with a grid of its own or a sum, whose \
+result nobody else reads | `low`, `high` of that op's `TensorSpec` |
+| any other clamp | `Clamp`; a clamp of a clamp is one clamp |
+| any other function of one tensor, and chains of them, `x * sigmoid(x)` too | one `Table` |
+| `x + y`, `x - y`, `x * y` | `Add`, `Subtract`, `Multiply`; what is broadcast goes through \
+`Upsample`, but for the second factor of a product |
+| `max_pool2d` | `MaxPool2d`; ceil mode as more padding below and on the right |
+| `avg_pool2d` that divides by the kernel's size | `AvgPool2d` |
+| `adaptive_avg_pool2d` to 1x1, `mean` over any axes | `GlobalAvgPool`, `Reshape` |
+| adaptive pools to a size that divides the input's | `AvgPool2d`, `MaxPool2d` |
+| average pools whose windows differ in size | `Linear` over all positions: one row per window |
+| max pools whose windows differ in size | `Slice`, `MaxPool2d`, `Concat` |
+| `cat`, `stack` | `Concat` |
+| `split`, `chunk`, `unbind`, `narrow`, `select`, indexing with ranges | `Slice` |
+| constant padding | part of the convolution or pool that reads it; else `Pad` |
+| nearest upsampling by whole factors, `expand` | `Upsample` |
+| `flatten`, `view`, `reshape`, `squeeze`, `unsqueeze` | `Reshape` |
+| `permute`, `transpose` | `Permute` |
+| `pixel_shuffle`, `channel_shuffle` | `Reshape`, `Permute`, `Reshape` |
+| dropout, `contiguous`, `clone`, `detach`, a reshape to the same shape, `x + 0` | nothing |
+| whatever is computed from parameters alone (weight norm, ...) | its value |
+| anything else | one `CaptureError` that lists every offender |
+
+The network computes what the module computes in eval mode, bit for bit, but for what is within
+float rounding: batch norm and constants that are folded, transposed convolutions, sums over axes,
+and average pools whose windows differ in size or have an area that is no power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from intact.capturing import elementwise, layers, moving, pooling  # noqa: F401  (register)
+from intact.capturing.building import Builder, Refusal, function_name
+from intact.capturing.exporting import export
+from intact.errors import CaptureError
+from intact.network import Network
+
+__all__ = ["Refusal", "Survey", "capture", "survey"]
+
+SUPPORTED = (
+    "convolutions (1-D, 2-D, transposed), linear, batch norm; any function of one tensor (relu, "
+    "sigmoid, silu, gelu, hardswish, prelu, ...); sums, differences and products of tensors; max, "
+    "average and adaptive pools, means; cat, stack, split, chunk, slices; flatten, reshape, "
+    "permute, shuffles; constant padding, nearest upsampling; dropout"
+)
+
+_NORM = (
+    "It normalises by the statistics of the sample at hand, for which there is no integer op. Use "
+    "batch norm: its statistics are constants, so it folds into the layer before it."
+)
+_PRODUCT = "Use nn.Linear or nn.Conv2d, whose weights are constants."
+_FAMILIES = {
+    "group_norm instance_norm layer_norm rms_norm": _NORM,
+    "addmm bmm einsum matmul mm": _PRODUCT,
+    "gru lstm rnn": "Unroll it into linear layers, or take a convolutional network.",
+    "conv3d max_pool3d avg_pool3d": "Take out the depth: convolutions are over one or two axes.",
+    "grid_sample upsample_bilinear2d upsample_bicubic2d interpolate": "Use mode='nearest' with a "
+    "whole scale_factor.",
+}
+_HINTS: Mapping[str, str] = {
+    **{name: hint for names, hint in _FAMILIES.items() for name in names.split()},
+    "argmax": "Leave it out, and take the argmax of the network's output.",
+    "batch_norm": "It normalises by the statistics of the batch at hand, so a result would depend "
+    "on what else is in the batch. Train with track_running_stats=True.",
+    "clamp": "Give its bounds as numbers.",
+    "dropout": "It drops in eval mode too; pass training=self.training.",
+    "scaled_dot_product_attention": "Attention multiplies tensors that both depend on the input. "
+    "Take a convolutional network.",
+    "softmax": "There is no integer op for it. Where it is the last operation, leave it out.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What would become of a module.
+
+    network   None where something is refused
+    refusals  every operation that has no place in a network, in the order of execution
+    """
+
+    network: Network | None
+    refusals: tuple[Refusal, ...]
+
+
+def survey(module: nn.Module, example: torch.Tensor) -> Survey:
+    """As `capture`, but operations that are not covered are listed instead of raised.
+
+    What cannot be exported at all raises `CaptureError` here too.
+    """
+    evaluated, exported = export(module, example)
+    return Survey(*Builder(evaluated, exported, _hint).build())
+
+
+def capture(module: nn.Module, example: torch.Tensor) -> Network:
+    """The module as a `Network`: what it computes in eval mode, with its present parameters.
+
+    module   takes one float32 batch and returns one tensor; both have the batch as first axis. It
+             may be in training mode and on any device; it is not changed, a copy is captured
+    example  float32 `[N, ...]` with N >= 1; only the shape of its first sample matters
+    returns  a network on the CPU whose parameters are detached copies. An op is named after the
+             module that holds it (`layer1.0.conv2`), or after the function and the enclosing module
+             (`layer1.0.add`); repeated names get `_1`, `_2`. The input is `input`
+
+    Raises `CaptureError` that lists every operation the op set does not cover, each with its layer,
+    the user's source line and what to do.
+    """
+    found = survey(module, example)
+    if found.network is None:
+        raise CaptureError(_message(type(module).__name__, found.refusals))
+    return found.network
+
+
+def _message(name: str, refusals: tuple[Refusal, ...]) -> str:
+    count = len(refusals)
+    lines = [f"{count} operation{'s' * (count > 1)} of {name} cannot be captured:"]
+    for i, refusal in enumerate(refusals, 1):
+        lines += ["", f"{i}. {refusal.function} in {refusal.layer}"]
+        lines += [f"   {refusal.source}"] if refusal.source else []
+        lines += [f"   {refusal.reason}"]
+    return "\n".join([*lines, "", f"Supported: {SUPPORTED}."])
+
+
+def _hint(node: Node) -> str:
+    name = function_name(node)
+    if name in ("softmax", "log_softmax") and all(u.op == "output" for u in node.users):
+        return "Leave it out: argmax does not need it."
+    return _HINTS.get(name, "The op set has no such operation.")

@@ -1,0 +1,511 @@
+"""From a graph of ATen operations to a `Network`, node by node; refusals are collected."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from intact.capturing.exporting import BATCH, is_users
+from intact.errors import CaptureError
+from intact.network import Network, TensorSpec
+from intact.ops import (
+    Add,
+    Clamp,
+    MaxPool2d,
+    Op,
+    Pad,
+    Padding,
+    Pair,
+    Permute,
+    Reshape,
+    Shape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
+    has_own_grid,
+    weighted,
+)
+from intact.pointwise import Pointwise
+
+__all__ = [
+    "Builder",
+    "Function",
+    "Parts",
+    "Refusal",
+    "UnsupportedError",
+    "Value",
+    "arguments",
+    "converts",
+    "function_name",
+]
+
+
+class UnsupportedError(Exception):
+    """Why an operation has no place in a `Network`, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An operation that has no place in a `Network`.
+
+    function  as users know it: "softmax"
+    layer     path of the module that holds it, or the class of the whole
+    source    the user's line, `model.py:42: x = ...`; "" where it is not known
+    reason    why, and what to do
+    """
+
+    function: str
+    layer: str
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A value that is a function of one tensor, element by element, and not computed yet.
+
+    So a chain of such functions becomes one `Table`.
+
+    bounds  where the function is a clamp and nothing else
+    """
+
+    root: str
+    function: Pointwise
+    bounds: tuple[float, float] | None = None
+
+
+Value: TypeAlias = "str | Function"
+"""What a node's value is: a tensor, by its name, or a function of one."""
+Parts: TypeAlias = Mapping[int, str]
+"""Of a node with several results: the tensor of each one that is used."""
+
+Converter = Callable[["Builder", Node, dict[str, Any]], "Value | Parts"]
+AnyConverter = TypeVar("AnyConverter", bound=Converter)
+_CONVERTERS: dict[Any, Converter] = {}
+
+# Functions that are constant outside of these bounds: what they read can be clamped to them, and
+# its grid then spends no codes on what makes no difference.
+_FLAT: Mapping[Any, tuple[float, float]] = {
+    torch.ops.aten.hardswish.default: (-3.0, math.inf),
+    torch.ops.aten.hardsigmoid.default: (-3.0, 3.0),
+}
+
+
+def converts(*targets: Any) -> Callable[[AnyConverter], AnyConverter]:
+    """Register the converter of some ATen operations."""
+
+    def register(converter: AnyConverter) -> AnyConverter:
+        _CONVERTERS.update(dict.fromkeys(targets, converter))
+        return converter
+
+    return register
+
+
+class Builder:
+    """Converts the nodes of an exported graph in order; collects refusals instead of stopping."""
+
+    def __init__(
+        self, module: nn.Module, program: ExportedProgram, hint: Callable[[Node], str]
+    ) -> None:
+        self.module = module
+        self.program = program
+        self.hint = hint
+        self.paths = {path for path, _ in module.named_modules()}
+        self.names: set[str] = set()
+        self.input = self.unique("input")
+        self.ops: dict[str, Op] = {}
+        self.tensors: dict[str, TensorSpec] = {}
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.functions: dict[str, Pointwise] = {}
+        self.sources: dict[str, str] = {}
+        self.bound: dict[Node, Value] = {}
+        """What a node's value is."""
+        self.parts: dict[Node, Parts] = {}
+        """The results of a node that has several."""
+        self.shared: set[str] = set()
+        """Tensors that several operations read, so that nothing may be fused into them."""
+        self.constants: dict[Node, Any] = {}
+        """Values that do not depend on the input: parameters, and what is computed from them."""
+        self.layers: dict[str, tuple[str, int]] = {}
+        """Tensors that are another view of a layer's result, with the same channels: the layer,
+        and how many of its output channels make one channel."""
+        self.refused: dict[Node, str] = {}
+
+    # -- the whole ---------------------------------------------------------------------------------
+
+    def build(self) -> tuple[Network | None, tuple[Refusal, ...]]:
+        """Convert the whole graph: a network, or every refusal."""
+        graph = self.program.graph
+        result = self._output()
+        # A module that overwrites its input returns that as well; it is no output of the network.
+        graph.output_node().args = ((result,),)
+        graph.eliminate_dead_code()
+        self._bind_placeholders()
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self._convert(node)
+        if result in self.constants:
+            raise CaptureError("the output does not depend on the input.")
+        output = self.tensor(result) if result in self.bound else ""
+        for name, op in self.ops.items():
+            self._check(name, op)
+        if self.refused:
+            return None, tuple(self._refusal(node) for node in self.refused)
+        if not self.ops:
+            raise CaptureError("the module returns its input: there is nothing to capture.")
+        parameters = {k: v.detach().float().clone() for k, v in self.parameters.items()}
+        for name, tensor in parameters.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CaptureError(
+                    f"{name} is NaN or infinite once batch norm is folded. Look for a negative "
+                    "running_var, or one so small that its inverse overflows."
+                )
+        network = Network(
+            input=self.input,
+            output=output,
+            ops=tuple(self.ops.values()),
+            tensors=self.tensors,
+            parameters=parameters,
+            sources=self.sources,
+            functions=self.functions,
+        )
+        return network, ()
+
+    def _check(self, name: str, op: Op) -> None:
+        """Refuse what was left for a reader to absorb, and no reader did."""
+        if getattr(op, "value", 0.0) in (math.inf, -math.inf):
+            node = next(n for n, value in self.bound.items() if value == name)
+            self.refused[node] = (
+                "It pads with an infinity, which no code stands for. Only a max pool right after "
+                "it can take that over; else pad with a finite number."
+            )
+
+    def _output(self) -> Node:
+        out_spec = self.program.call_spec.out_spec
+        outputs = self.program.graph_signature.user_outputs
+        results = [a for a in self.program.graph.output_node().args[0] if isinstance(a, Node)]
+        named = [r for r in results if r.name == outputs[0]] if len(outputs) == 1 else []
+        if not named or out_spec is None or not out_spec.is_leaf():
+            given = "" if out_spec is None or out_spec.is_leaf() else out_spec.type.__name__
+            raise CaptureError(
+                f"{type(self.module).__name__} must return one tensor"
+                + (f", not a {given} of {len(outputs)}" if given else "")
+                + ". Wrap it in a module that returns the one you need."
+            )
+        return named[0]
+
+    def _bind_placeholders(self) -> None:
+        values = {**self.program.state_dict, **self.program.constants}
+        nodes = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
+        for spec in self.program.graph_signature.input_specs:
+            node = nodes.get(spec.arg.name)
+            if node is None:
+                continue
+            if spec.kind != InputKind.USER_INPUT:
+                value = values.get(spec.target or "")
+                self.constants[node] = value.detach() if isinstance(value, torch.Tensor) else value
+            elif isinstance(node.meta.get("val"), torch.Tensor):
+                self.tensors[self.input] = TensorSpec(tuple(node.meta["val"].shape[1:]))
+                self.bind(node, self.input)
+
+    def _convert(self, node: Node) -> None:
+        sources = node.all_input_nodes
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            return
+        if all(n in self.constants for n in sources) and _deterministic(node):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.constants[n])
+            self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return
+        if node.target is operator.getitem and sources[0] in self.refused:
+            self._stand_in(node)
+            return
+        try:
+            if node.target is operator.getitem:
+                self.bind(node, self._item(sources[0], node.args[1]))
+                return
+            converter = _CONVERTERS.get(node.target)
+            if converter is None:
+                raise UnsupportedError(self.hint(node))
+            if any(n not in self.bound and n not in self.constants for n in sources):
+                self._stand_in(node)  # an operand was refused, which has been said
+                return
+            value = converter(self, node, arguments(node))
+            if isinstance(value, Mapping):
+                self.parts[node] = value
+            else:
+                self.bind(node, value)
+        except UnsupportedError as refusal:
+            self.refused[node] = str(refusal)
+            self._stand_in(node)
+
+    def _item(self, node: Node, index: Any) -> Value:
+        if node in self.parts:
+            return self.parts[node][index]
+        if index != 0:
+            raise UnsupportedError("Only a pool's values can be used, not its indices.")
+        return self.bound[node]
+
+    def _stand_in(self, node: Node) -> None:
+        """Let what reads a refused result be checked too, as far as that result is a tensor."""
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == BATCH:
+            name = self.unique(f"refused.{node.name}")
+            self.tensors[name] = TensorSpec(tuple(value.shape[1:]))
+            self.bind(node, name)
+
+    def _refusal(self, node: Node) -> Refusal:
+        layer = self.path(node) or type(self.module).__name__
+        return Refusal(function_name(node), layer, _source(node), self.refused[node])
+
+    # -- what converters use ---------------------------------------------------------------------
+
+    def bind(self, node: Node, value: Value) -> None:
+        """Say what the node's value is."""
+        self.bound[node] = value
+        if isinstance(value, str) and len(node.users) > 1:
+            self.shared.add(value)
+
+    def tensor(self, value: Any, ndim: int | None = None) -> str:
+        """The name of a tensor that depends on the input, computed now if need be."""
+        if value in self.constants or not isinstance(value, Node):
+            what = "a tensor that is constant" if isinstance(value, Node) else f"{value}"
+            raise UnsupportedError(
+                f"An operand is {what}, not computed from the input. Put it into the weights or "
+                "the bias of the layer before it."
+            )
+        bound = self.bound[value]
+        name = self._compute(value, bound) if isinstance(bound, Function) else bound
+        if name != bound:
+            self.bind(value, name)
+        if ndim is not None and len(self.tensors[name].shape) != ndim:
+            raise UnsupportedError(
+                f"It takes batches of {ndim + 1} dimensions, "
+                f"{'[N, C, H, W]' if ndim == 3 else '[N, C, L]'}, not "
+                f"{list(value.meta['val'].shape)}."
+            )
+        return name
+
+    def _compute(self, node: Node, value: Function) -> str:
+        """Add the op that computes a function; returns its name."""
+        shape = self.tensors[value.root].shape
+        if value.bounds is not None:
+            name = self.emit(node, Clamp(self.name(node), (value.root,)), shape)
+            self.tensors[name] = TensorSpec(shape, *value.bounds)
+            return name
+        target, first = value.function.target, value.function.arguments[0]
+        bounds = _FLAT.get(target)
+        if bounds and isinstance(first, Pointwise) and first.target is None:
+            self.clamp(value.root, *bounds)
+        name = self.emit(node, Table(self.name(node), (value.root,)), shape)
+        self.functions[name] = value.function
+        return name
+
+    def clamp(self, tensor: str, low: float, high: float) -> bool:
+        """Fuse a clamp into the op that computes a tensor; False where that is not possible.
+
+        A clamp commutes with ops that only move values, so it may go to the producer before a max
+        pool: otherwise the producer's grid would spend codes on values that nobody reads.
+        """
+        source, op = tensor, self.ops.get(tensor)
+        while isinstance(op, MaxPool2d | Reshape | Permute | Slice | Upsample):
+            if source in self.shared:
+                return False
+            source = op.inputs[0]
+            op = self.ops.get(source)
+        if op is None or source in self.shared:
+            return False
+        if not (has_own_grid(op) or isinstance(op, Add | Subtract | Clamp)):
+            return False
+        spec = self.tensors[source]
+        # It may be a clamp of a clamp. Where low > high everything becomes high, as in torch.
+        least, most = (float(min(max(bound, low), high)) for bound in (spec.low, spec.high))
+        self.tensors[source] = replace(spec, low=least, high=most)
+        return True
+
+    def absorb_padding(
+        self, x: str, padding: Padding, value: float, most: Pair | None = None
+    ) -> tuple[str, Padding]:
+        """What stands before a `Pad` that the reader of its result can do itself, and the padding.
+
+        value  what the reader pads with: 0, or -inf for a maximum, which never takes it. A maximum
+               of what is nowhere negative does not take a 0 either
+        most   the reader's padding must be smaller than this; None: any
+        """
+        op = self.ops.get(x)
+        if not isinstance(op, Pad) or x in self.shared or any(op.padding[:2]):
+            return x, padding
+        ignored = op.value == 0 and value == -math.inf and self.tensors[op.inputs[0]].low >= 0
+        if op.value != value and not ignored:
+            return x, padding
+        top, bottom, left, right = (p + q for p, q in zip(padding, op.padding[2:], strict=True))
+        if most is not None and (max(top, bottom) >= most[0] or max(left, right) >= most[1]):
+            return x, padding
+        return self.drop(x), (top, bottom, left, right)
+
+    def layer(self, tensor: str) -> tuple[str, int] | None:
+        """The convolution or linear layer whose result a tensor is, if something may be folded
+        into its weights; and how many of its output channels make one channel of the tensor.
+        """
+        name, parts = self.layers.get(tensor, (tensor, 1))
+        op = self.ops.get(name)
+        if op is None or not weighted(op) or {name, tensor} & self.shared:
+            return None
+        spec = self.tensors[name]
+        clamped = spec.low != -math.inf or spec.high != math.inf
+        return None if clamped else (name, parts)
+
+    def constant(self, value: Node) -> torch.Tensor:
+        """A tensor that does not depend on the input."""
+        if value not in self.constants:
+            raise UnsupportedError("Its weights depend on the input; they must be constants.")
+        tensor: torch.Tensor = self.constants[value]
+        return tensor
+
+    def optional(self, value: Node | None) -> torch.Tensor | None:
+        """A tensor that does not depend on the input, if there is one."""
+        return None if value is None else self.constant(value)
+
+    def emit(
+        self,
+        node: Node,
+        op: Op,
+        shape: Shape,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> str:
+        """Add an op whose result has `shape`; returns its name."""
+        self.ops[op.name] = op
+        self.tensors[op.name] = TensorSpec(shape)
+        if weight is not None:
+            self.parameters[f"{op.name}.weight"] = weight
+        if bias is not None:
+            self.parameters[f"{op.name}.bias"] = bias
+        if source := _source(node):
+            self.sources[op.name] = source
+        return op.name
+
+    def drop(self, name: str) -> str:
+        """Take back an op that one reader absorbs; returns what the op read."""
+        op = self.ops.pop(name)
+        del self.tensors[name]
+        self.sources.pop(name, None)
+        return op.inputs[0]
+
+    def reshape(self, node: Node, name: str, x: str, shape: Shape) -> str:
+        """`x` under another shape: a `Reshape` unless it has that already, and no two in a row."""
+        while isinstance(self.ops.get(x), Reshape) and shape != self.tensors[x].shape:
+            x = self.ops[x].inputs[0] if x in self.shared else self.drop(x)
+        if shape == self.tensors[x].shape:
+            return x
+        name = self.unique(name, owned=name == self.path(node))
+        return self.emit(node, Reshape(name, (x,), shape), shape)
+
+    def permute(self, node: Node, name: str, x: str, axes: Sequence[int]) -> str:
+        """`x` with its axes in another order: a `Permute`, and no two in a row."""
+        op = self.ops.get(x)
+        if isinstance(op, Permute):
+            axes = [op.axes[a] for a in axes]
+            x = op.inputs[0] if x in self.shared else self.drop(x)
+        if list(axes) == sorted(axes):
+            return x
+        shape = tuple(self.tensors[x].shape[a] for a in axes)
+        name = self.unique(name, owned=name == self.path(node))
+        return self.emit(node, Permute(name, (x,), tuple(axes)), shape)
+
+    # -- names and shapes --------------------------------------------------------------------------
+
+    def path(self, node: Node) -> str:
+        """The path of the innermost module that a node runs in; "" is the whole."""
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
+
+    def base(self, node: Node) -> str:
+        """The name that users know, not yet made unique: of the layer, or of the function in it."""
+        path = self.path(node)
+        if path and path in self.paths:
+            layer = self.module.get_submodule(path)
+            kinds = (k.__module__ for k in type(layer).__mro__ if k is not nn.Module)
+            inner = {child for child, _ in layer.named_children()} - {"parametrizations"}
+            if not inner and any(k.startswith("torch.nn.") for k in kinds):
+                return path
+        function = function_name(node)
+        return f"{path}.{function}" if path else function
+
+    def name(self, node: Node) -> str:
+        """A unique name for an op: the layer's path, or that and the function's name."""
+        base = self.base(node)
+        return self.unique(base, owned=base == self.path(node))
+
+    def unique(self, base: str, *, owned: bool = False) -> str:
+        """`base`, or `base_1`, `base_2`, …: a name that no tensor has, nor any module.
+
+        owned  `base` is the path of the module that the name is for
+        """
+        name, count = base, 0
+        while name in self.names or (name in self.paths and not (owned and name == base)):
+            count += 1
+            name = f"{base}_{count}"
+        self.names.add(name)
+        return name
+
+    def shape(self, node: Node) -> Shape:
+        """The shape of one sample of a node's value; refuses a value without the batch axis."""
+        value = node.meta["val"]
+        return self.sample(value[0] if isinstance(value, tuple | list) else value)
+
+    def sample(self, value: torch.Tensor) -> Shape:
+        """The shape of one sample of a batch; refuses a value without the batch axis.
+
+        A bare number per sample is a vector of length 1: a tensor of a program has an axis.
+        """
+        shape = tuple(value.shape)
+        if not shape or shape[0] != BATCH:
+            raise UnsupportedError(
+                "Its result does not keep the batch as its first axis. Write x.flatten(1) or "
+                "x.view(x.size(0), ...)."
+            )
+        return shape[1:] or (1,)
+
+
+def _deterministic(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen node by name, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+def function_name(node: Node) -> str:
+    """The function's name as users know it: `flatten`, though ATen calls it `view`."""
+    name: str = node.meta.get("torch_fn", ("", ""))[1].rpartition(".")[2]
+    if not any(hasattr(place, name) for place in (torch, torch.Tensor, nn.functional)):
+        packet = getattr(node.target, "overloadpacket", node.target)
+        name = getattr(packet, "__name__", str(packet))
+    return "indexing" if name == "__getitem__" else name.strip("_")
+
+
+def _source(node: Node) -> str:
+    """The user's line that a node stems from, as `model.py:42: x = self.conv1(x)`."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = re.findall(r'File "(.+)", line (\d+), in .+\n(?: {4}(.+))?', trace)
+    users = [f for f in frames if is_users(f[0])]
+    if not users:
+        return ""
+    file, line, code = users[-1]
+    return f"{Path(file).name}:{line}: {code.strip()}"

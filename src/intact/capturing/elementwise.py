@@ -1,0 +1,304 @@
+"""Converters of what works element by element: functions of one tensor, sums, products."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from intact.capturing.building import (
+    Builder,
+    Function,
+    UnsupportedError,
+    Value,
+    converts,
+    function_name,
+)
+from intact.capturing.layers import affine, fold
+from intact.ops import Add, Multiply, Shape, Subtract, Upsample
+from intact.pointwise import Pointwise, X
+
+__all__: list[str] = []
+
+_aten = torch.ops.aten
+
+
+# -- functions of one tensor -----------------------------------------------------------------------
+
+
+def _operands(b: Builder, node: Node) -> list[Node]:
+    """The operands that depend on the input, each once."""
+    return list(dict.fromkeys(n for n in node.all_input_nodes if n not in b.constants))
+
+
+def _root(value: Value) -> str:
+    return value if isinstance(value, str) else value.root
+
+
+def _common_root(b: Builder, node: Node) -> str | None:
+    """The one tensor that all operands are functions of; None where they stem from several."""
+    roots = {_root(b.bound[n]) for n in _operands(b, node)}
+    return roots.pop() if len(roots) == 1 else None
+
+
+def _composed(b: Builder, node: Node, root: str) -> Function:
+    """The node as a function of the one tensor that all its operands are functions of."""
+    rank = len(b.tensors[root].shape) + 1
+
+    def part(operand: Node) -> Any:
+        if operand in b.constants:
+            value = b.constants[operand]
+            by_channel = node.target is _aten.prelu.default or not _axes(value, rank) - {1}
+            if not by_channel:
+                raise UnsupportedError(
+                    "A constant in it differs by position, not only by channel. Use constants of "
+                    "shape [C, 1, 1]."
+                )
+            return value
+        bound = b.bound[operand]
+        return bound.function if isinstance(bound, Function) else X
+
+    args, kwargs = map_arg((node.args, node.kwargs), part)
+    target: Any = node.target
+    return Function(root, Pointwise(target, tuple(args), dict(kwargs), function_name(node)))
+
+
+def _axes(constant: Any, rank: int) -> set[int]:
+    """The axes of a batch of so many dimensions along which a constant differs."""
+    if not isinstance(constant, torch.Tensor):
+        return set()
+    return {rank - constant.ndim + i for i, n in enumerate(constant.shape) if n > 1}
+
+
+@converts(
+    _aten.abs.default,
+    _aten.acos.default,
+    _aten.asin.default,
+    _aten.atan.default,
+    _aten.celu.default,
+    _aten.cos.default,
+    _aten.elu.default,
+    _aten.erf.default,
+    _aten.exp.default,
+    _aten.expm1.default,
+    _aten.floor.default,
+    _aten.ceil.default,
+    _aten.round.default,
+    _aten.gelu.default,
+    _aten.hardshrink.default,
+    _aten.hardsigmoid.default,
+    _aten.hardswish.default,
+    _aten.leaky_relu.default,
+    _aten.log.default,
+    _aten.log1p.default,
+    _aten.log_sigmoid.default,
+    _aten.mish.default,
+    _aten.neg.default,
+    _aten.pow.Tensor_Scalar,
+    _aten.prelu.default,
+    _aten.reciprocal.default,
+    _aten.rsqrt.default,
+    _aten.selu.default,
+    _aten.sigmoid.default,
+    _aten.sign.default,
+    _aten.silu.default,
+    _aten.sin.default,
+    _aten.softplus.default,
+    _aten.softshrink.default,
+    _aten.sqrt.default,
+    _aten.square.default,
+    _aten.tanh.default,
+    _aten.threshold.default,
+    _aten.gt.Scalar,
+    _aten.ge.Scalar,
+    _aten.lt.Scalar,
+    _aten.le.Scalar,
+    _aten.where.self,
+    _aten.where.ScalarOther,
+    _aten.where.ScalarSelf,
+    _aten.maximum.default,
+    _aten.minimum.default,
+)
+def _pointwise(b: Builder, node: Node, _: dict[str, Any]) -> Function:
+    root = _common_root(b, node)
+    if root is None:
+        raise UnsupportedError(
+            "It combines two tensors. Functions are of one tensor; of two there are sums, "
+            "differences and products."
+        )
+    return _composed(b, node, root)
+
+
+_BOUNDS: dict[Any, tuple[float, float]] = {
+    _aten.relu.default: (0.0, math.inf),
+    _aten.relu6.default: (0.0, 6.0),
+}
+
+
+@converts(
+    *_BOUNDS,
+    _aten.hardtanh.default,
+    _aten.clamp.default,
+    _aten.clip.default,
+    _aten.clamp_min.default,
+    _aten.clamp_max.default,
+)
+def _clamp(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    """Fused into the producer where that is possible."""
+    low, high = _BOUNDS.get(node.target, (a.get("min"), a.get("max")))
+    if low is None:
+        low = a.get("min_val", -math.inf)
+    if high is None:
+        high = a.get("max_val", math.inf)
+    bound = b.bound[a["self"]]
+    before = (-math.inf, math.inf)
+    if isinstance(bound, Function):
+        if bound.bounds is None:
+            return _pointwise(b, node, a)
+        before = bound.bounds
+    elif b.clamp(bound, low, high):
+        return bound
+    composed = _composed(b, node, _root(bound))
+    # Where low > high everything becomes high, as in torch.
+    least, most = (float(min(max(end, low), high)) for end in before)
+    return Function(composed.root, composed.function, (least, most))
+
+
+# -- arithmetic ------------------------------------------------------------------------------------
+
+
+def _constant(b: Builder, value: Any) -> torch.Tensor | None:
+    """A number or constant tensor in float64; None for what depends on the input."""
+    if isinstance(value, int | float):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if value in b.constants:
+        return torch.as_tensor(b.constants[value]).double()
+    return None
+
+
+def _scaled(
+    b: Builder, node: Node, x: Node, factor: torch.Tensor | None, offset: torch.Tensor | None
+) -> Value:
+    """`x * factor + offset` with constants: folded into a layer, a table, or a layer of its own."""
+    bound = b.bound[x]
+    constants = [c for c in (factor, offset) if c is not None]
+    rank = len(b.tensors[_root(bound)].shape) + 1
+    axes = set().union(*(_axes(c, rank) for c in constants))
+    if 0 in axes or len(axes) > 1:
+        raise UnsupportedError(
+            "Its constant differs by position, not only by channel. Use one of shape [C, 1, 1]."
+        )
+    axis = axes.pop() - 1 if axes else None
+    size = 1 if axis is None else b.tensors[_root(bound)].shape[axis]
+    one = torch.ones(1, dtype=torch.float64)
+    factor = (one if factor is None else factor.reshape(-1)).expand(size)
+    offset = None if offset is None else offset.reshape(-1).expand(size)
+    if bool((factor == 1).all()) and (offset is None or not offset.any()):
+        return bound
+    if isinstance(bound, str) and fold(b, bound, factor, offset, axis):
+        return bound
+    if axis is None:
+        return _composed(b, node, _root(bound))
+    return affine(b, node, b.tensor(x), factor, offset, axis)
+
+
+@converts(_aten.add.Tensor, _aten.add.Scalar)
+@converts(_aten.sub.Tensor, _aten.sub.Scalar, _aten.rsub.Scalar, _aten.rsub.Tensor)
+def _add(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    left, right, alpha = a["self"], a["other"], a.get("alpha", 1)
+    minus = node.target not in (_aten.add.Tensor, _aten.add.Scalar)
+    if node.target in (_aten.rsub.Scalar, _aten.rsub.Tensor):
+        left, right = right, left
+    constants = _constant(b, left), _constant(b, right)
+    if alpha == 1 or constants[1] is not None:
+        sign = torch.tensor([-1.0 if minus else 1.0], dtype=torch.float64)
+        if constants[1] is not None:
+            return _scaled(b, node, left, None, alpha * sign * constants[1])
+        if constants[0] is not None:
+            return _scaled(b, node, right, sign, constants[0])
+    if composed := _same_root(b, node):
+        return composed
+    if alpha != 1:
+        raise UnsupportedError(
+            f"It adds alpha = {alpha} times a tensor. Put the factor into the weights of the layer "
+            "before it."
+        )
+    shape = b.shape(node)
+    operands = tuple(_broadcast(b, node, b.tensor(n), shape) for n in (left, right))
+    kind = Subtract if minus else Add
+    return b.emit(node, kind(b.name(node), operands), shape)
+
+
+@converts(_aten.mul.Tensor, _aten.mul.Scalar)
+def _mul(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    left, right = a["self"], a["other"]
+    constants = _constant(b, left), _constant(b, right)
+    if constants[1] is not None:
+        return _scaled(b, node, left, constants[1], None)
+    if constants[0] is not None:
+        return _scaled(b, node, right, constants[0], None)
+    if composed := _same_root(b, node, squares=True):
+        return composed
+    shape = b.shape(node)
+    first, second = (_repeated(b, b.tensor(n)) for n in (left, right))
+    if b.tensors[first].shape != shape:
+        first, second = second, first
+    first = _broadcast(b, node, first, shape)
+    if len(b.tensors[second].shape) != len(shape):
+        second = _broadcast(b, node, second, shape)
+    return b.emit(node, Multiply(b.name(node), (first, second)), shape)
+
+
+@converts(_aten.div.Tensor, _aten.div.Scalar)
+def _div(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    constant = _constant(b, a["other"])
+    if constant is not None:
+        if not bool(constant.all()):
+            raise UnsupportedError("It divides by 0.")
+        return _scaled(b, node, a["self"], 1 / constant, None)
+    root = _common_root(b, node)
+    if root is None:
+        raise UnsupportedError(
+            "It divides one tensor by another. Only a function of one tensor can be a divisor: "
+            "multiply by the reciprocal, y.reciprocal() * x."
+        )
+    return _composed(b, node, root)
+
+
+def _same_root(b: Builder, node: Node, *, squares: bool = False) -> Function | None:
+    """Sum or product as one function, where an operand is a function of what the other is.
+
+    squares  whether two times the same tensor is one, too
+    """
+    if not squares and not any(isinstance(b.bound[n], Function) for n in _operands(b, node)):
+        return None
+    root = _common_root(b, node)
+    return None if root is None else _composed(b, node, root)
+
+
+def _repeated(b: Builder, tensor: str) -> str:
+    """A tensor that was expanded as it was before: a product repeats it itself."""
+    op = b.ops.get(tensor)
+    if not isinstance(op, Upsample) or tensor in b.shared:
+        return tensor
+    source = b.tensors[op.inputs[0]].shape
+    stretched = (n for n, factor in zip(source, op.factors, strict=True) if factor > 1)
+    return b.drop(tensor) if all(n == 1 for n in stretched) else tensor
+
+
+def _broadcast(b: Builder, node: Node, tensor: str, shape: Shape) -> str:
+    """A tensor repeated along axes of length 1 to a shape."""
+    given = b.tensors[tensor].shape
+    if given == shape:
+        return tensor
+    if len(given) != len(shape):
+        raise UnsupportedError(
+            f"It broadcasts a sample of {list(given)} to {list(shape)}. Give both operands the "
+            "same number of axes: x[:, :, None, None]."
+        )
+    factors = tuple(n // m for n, m in zip(shape, given, strict=True))
+    op = Upsample(b.unique(f"{b.base(node)}.expand"), (tensor,), factors)
+    return b.emit(node, op, shape)

@@ -1,0 +1,271 @@
+"""Converters of what moves values and computes none: views, joins, cuts, padding, upsampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from intact.capturing.building import Builder, Parts, UnsupportedError, Value, converts
+from intact.ops import Concat, Pad, Shape, Slice, Upsample
+
+__all__: list[str] = []
+
+_aten = torch.ops.aten
+
+
+def _axis(b: Builder, tensor: str, dim: int, advice: str) -> int:
+    """An axis of the sample, from one of the batch."""
+    axis = dim % (len(b.tensors[tensor].shape) + 1) - 1
+    if axis < 0:
+        raise UnsupportedError(advice)
+    return axis
+
+
+# -- the same elements -----------------------------------------------------------------------------
+
+
+@converts(
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.reshape.default,
+    _aten.flatten.using_ints,
+    _aten.unflatten.int,
+    _aten.squeeze.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.unsqueeze.default,
+)
+def _reshape(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    return b.reshape(node, b.base(node), b.tensor(a["self"]), b.shape(node))
+
+
+def _permute_axes(b: Builder, node: Node, x: str, order: Sequence[int]) -> str:
+    axes = [d % len(order) for d in order]
+    if axes[0] != 0:
+        raise UnsupportedError("It moves the batch, which must stay the first axis.")
+    return b.permute(node, b.base(node), x, [d - 1 for d in axes[1:]])
+
+
+@converts(_aten.permute.default)
+def _permute(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    return _permute_axes(b, node, b.tensor(a["self"]), a["dims"])
+
+
+@converts(_aten.transpose.int)
+def _transpose(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a["self"])
+    order = list(range(len(b.tensors[x].shape) + 1))
+    i, j = a["dim0"], a["dim1"]
+    order[i], order[j] = order[j], order[i]
+    return _permute_axes(b, node, x, order)
+
+
+@converts(_aten.pixel_shuffle.default)
+def _pixel_shuffle(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x, factor = b.tensor(a["self"], ndim=3), a["upscale_factor"]
+    channels, height, width = b.tensors[x].shape
+    base = b.base(node)
+    parts = (channels // factor**2, factor, factor, height, width)
+    x = b.reshape(node, f"{base}.phases", x, parts)
+    x = b.permute(node, f"{base}.permute", x, (0, 3, 1, 4, 2))
+    return b.reshape(node, base, x, b.shape(node))
+
+
+@converts(_aten.pixel_unshuffle.default)
+def _pixel_unshuffle(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x, factor = b.tensor(a["self"], ndim=3), a["downscale_factor"]
+    channels, height, width = b.tensors[x].shape
+    base = b.base(node)
+    parts = (channels, height // factor, factor, width // factor, factor)
+    x = b.reshape(node, f"{base}.phases", x, parts)
+    x = b.permute(node, f"{base}.permute", x, (0, 2, 4, 1, 3))
+    return b.reshape(node, base, x, b.shape(node))
+
+
+@converts(_aten.channel_shuffle.default)
+def _channel_shuffle(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x, groups = b.tensor(a["self"]), a["groups"]
+    channels, *rest = b.tensors[x].shape
+    base = b.base(node)
+    x = b.reshape(node, f"{base}.groups", x, (groups, channels // groups, *rest))
+    x = b.permute(node, f"{base}.permute", x, (1, 0, *range(2, len(rest) + 2)))
+    return b.reshape(node, base, x, b.shape(node))
+
+
+@converts(
+    _aten.clone.default,
+    _aten.detach.default,
+    _aten.alias.default,
+    _aten._to_copy.default,
+    _aten.contiguous.default,
+    _aten.to.dtype,
+    _aten.to.dtype_layout,
+    _aten.lift_fresh_copy.default,
+)
+def _nothing(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    if node.meta["val"].dtype != torch.float32:
+        raise UnsupportedError(f"It converts to {node.meta['val'].dtype}; float32 is needed.")
+    return b.bound[a["self"]]
+
+
+# -- joins and cuts --------------------------------------------------------------------------------
+
+
+@converts(_aten.cat.default, _aten.concat.default, _aten.concatenate.default)
+def _cat(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    inputs = tuple(b.tensor(t) for t in a["tensors"])
+    advice = "It joins along the batch. Choose another axis; 1 is the channels'."
+    axis = _axis(b, inputs[0], a["dim"], advice)
+    return b.emit(node, Concat(b.name(node), inputs, axis), b.shape(node))
+
+
+@converts(_aten.stack.default)
+def _stack(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    shape = b.shape(node)
+    axis = a["dim"] % (len(shape) + 1) - 1
+    if axis < 0:
+        raise UnsupportedError("It stacks along the batch. Choose another axis.")
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
+    base = b.base(node)
+    inputs = tuple(b.reshape(node, f"{base}.reshape", b.tensor(t), one) for t in a["tensors"])
+    return b.emit(node, Concat(b.name(node), inputs, axis), shape)
+
+
+def _cut(b: Builder, node: Node, x: str, axis: int, start: int, stop: int, step: int = 1) -> str:
+    """Indices of one axis; the tensor itself where they are all of it."""
+    shape = b.tensors[x].shape
+    if (start, stop, step) == (0, shape[axis], 1):
+        return x
+    length = math.ceil((stop - start) / step)
+    result = (*shape[:axis], length, *shape[axis + 1 :])
+    return b.emit(node, Slice(b.name(node), (x,), axis, start, stop, step), result)
+
+
+_BATCH = "It takes single samples out of the batch. Index the other axes: x[:, ...]."
+
+
+@converts(_aten.slice.Tensor)
+def _slice(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    x = b.tensor(a["self"])
+    dim = a["dim"] % (len(b.tensors[x].shape) + 1)
+    if dim == 0 and b.sample(node.meta["val"]) == b.tensors[x].shape:
+        return b.bound[a["self"]]
+    axis = _axis(b, x, dim, _BATCH)
+    size = b.tensors[x].shape[axis]
+    start, stop, _ = slice(a["start"], a["end"]).indices(size)
+    if start >= stop:
+        raise UnsupportedError("It takes nothing: the slice is empty.")
+    return _cut(b, node, x, axis, start, stop, a["step"])
+
+
+@converts(_aten.narrow.default)
+def _narrow(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a["self"])
+    axis = _axis(b, x, a["dim"], _BATCH)
+    start = a["start"] % b.tensors[x].shape[axis]
+    return _cut(b, node, x, axis, start, start + a["length"])
+
+
+@converts(_aten.select.int)
+def _select(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a["self"])
+    axis = _axis(b, x, a["dim"], _BATCH)
+    index = a["index"] % b.tensors[x].shape[axis]
+    part = _cut(b, node, x, axis, index, index + 1)
+    return b.reshape(node, f"{b.base(node)}.reshape", part, b.shape(node))
+
+
+@converts(
+    _aten.split.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.split.sizes,
+    _aten.chunk.default,
+    _aten.tensor_split.sections,
+    _aten.unbind.int,
+)
+def _split(b: Builder, node: Node, a: dict[str, Any]) -> Parts:
+    """One slice per part that somebody reads."""
+    x = b.tensor(a["self"])
+    axis = _axis(b, x, a["dim"], _BATCH)
+    used = {user.args[1] for user in node.users}
+    if len(used) > 1:
+        b.shared.add(x)
+    parts: dict[int, str] = {}
+    start = 0
+    for i, value in enumerate(node.meta["val"]):
+        unbound = node.target is _aten.unbind.int
+        length = 1 if unbound else b.sample(value)[axis]
+        if i in used:
+            parts[i] = _cut(b, node, x, axis, start, start + length)
+            if unbound:
+                base = f"{b.base(node)}.reshape"
+                parts[i] = b.reshape(node, base, parts[i], b.sample(value))
+        start += length
+    return parts
+
+
+# -- more elements ---------------------------------------------------------------------------------
+
+
+@converts(_aten.constant_pad_nd.default, _aten.pad.default)
+def _pad(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    if a.get("mode", "constant") != "constant":
+        raise UnsupportedError(
+            f"It pads with mode {a['mode']!r}. Only constants can be padded: mode='constant'."
+        )
+    x, shape = b.tensor(a["self"]), b.shape(node)
+    widths, value = list(a["pad"]), float(a["value"] or 0)
+    widths += [0] * (2 * len(shape) - len(widths))
+    if len(widths) > 2 * len(shape):
+        raise UnsupportedError("It pads the batch, which must stay as it is.")
+    # torch begins with the last axis.
+    pairs = [(widths[2 * i], widths[2 * i + 1]) for i in range(len(shape))][::-1]
+    for axis, (before, after) in enumerate(pairs):
+        size = b.tensors[x].shape[axis]
+        if before < 0 or after < 0:
+            x = _cut(b, node, x, axis, max(0, -before), size - max(0, -after))
+    pairs = [(max(0, before), max(0, after)) for before, after in pairs]
+    if not any(map(any, pairs)):
+        return x
+    padding = tuple(n for both in pairs for n in both)
+    return b.emit(node, Pad(b.name(node), (x,), padding, value), shape)
+
+
+def _repeat(b: Builder, node: Node, x: str, shape: Shape, advice: str) -> str:
+    given = b.tensors[x].shape
+    if shape == given:
+        return x
+    if len(shape) != len(given) or any(n % m for n, m in zip(shape, given, strict=True)):
+        raise UnsupportedError(advice)
+    factors = tuple(n // m for n, m in zip(shape, given, strict=True))
+    return b.emit(node, Upsample(b.name(node), (x,), factors), shape)
+
+
+@converts(
+    _aten.upsample_nearest2d.vec,
+    _aten.upsample_nearest2d.default,
+    _aten.upsample_nearest1d.vec,
+    _aten.upsample_nearest1d.default,
+    _aten._upsample_nearest_exact2d.vec,
+    _aten._upsample_nearest_exact1d.vec,
+)
+def _upsample(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a.get("input", a.get("self")))
+    given, wanted = list(b.tensors[x].shape[1:]), list(b.shape(node)[1:])
+    advice = (
+        f"It resizes {given} to {wanted}, which is no whole multiple. Choose a size that is, or "
+        "resize the images."
+    )
+    return _repeat(b, node, x, b.shape(node), advice)
+
+
+@converts(_aten.expand.default)
+def _expand(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x, shape = b.tensor(a["self"]), b.shape(node)
+    if len(shape) != len(b.tensors[x].shape):
+        raise UnsupportedError("It expands to more axes. Add them first: x[:, :, None, None].")
+    return _repeat(b, node, x, shape, "It repeats an axis that is longer than 1.")

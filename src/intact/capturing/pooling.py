@@ -1,0 +1,304 @@
+"""Converters of pools and means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from intact.capturing.building import Builder, Function, UnsupportedError, converts
+from intact.capturing.layers import as_image, pair
+from intact.ops import (
+    AvgPool2d,
+    Concat,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Padding,
+    Pair,
+    Shape,
+    Slice,
+)
+from intact.pointwise import Pointwise, X
+
+__all__: list[str] = []
+
+_aten = torch.ops.aten
+
+MOST_WEIGHTS = 2**22
+"""Of an average pool with irregular windows, which is a matrix product over all positions."""
+MOST_WINDOWS = 64
+"""Rows and columns of an irregular max pool, each of which takes three operations."""
+
+
+def _overhang(a: dict[str, Any], size: Shape, out: Shape, dilation: Pair) -> Padding:
+    """Padding of a pool, with what ceil mode adds below and on the right."""
+    kernel, padding = pair(a["kernel_size"]), pair(a["padding"])
+    stride = pair(a["stride"] or kernel)
+    after = []
+    for i in range(2):
+        reach = dilation[i] * (kernel[i] - 1) + 1
+        needed = (out[i] - 1) * stride[i] + reach - size[i] - padding[i]
+        after.append(max(padding[i], needed))
+    return (padding[0], after[0], padding[1], after[1])
+
+
+def _on_image(b: Builder, node: Node, x: str, pool: Callable[[str, Shape], str]) -> str:
+    """A pool over `[C, H, W]`, or over `[C, L]` as one over `[C, 1, L]`.
+
+    pool  called with the image and the shape of its result
+    """
+    shape = b.shape(node)
+    if len(b.tensors[x].shape) == 3:
+        return pool(x, shape)
+    image, back = as_image(b, node, x)
+    return back(pool(image, (shape[0], 1, *shape[1:])))
+
+
+def _widened(a: dict[str, Any], *, one_dimensional: bool) -> dict[str, Any]:
+    """The arguments of a pool over a line as those of one over an image of one row."""
+    if not one_dimensional:
+        return a
+    wide: dict[str, Any] = dict(a)
+    for key, neutral in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        if a.get(key):
+            wide[key] = (neutral, a[key][0])
+    return wide
+
+
+# -- maxima ----------------------------------------------------------------------------------------
+
+
+@converts(
+    _aten.max_pool2d.default,
+    _aten.max_pool2d_with_indices.default,
+    _aten.max_pool1d.default,
+    _aten.max_pool1d_with_indices.default,
+)
+def _max_pool(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    line = "1d" in str(node.target)
+    x = b.tensor(a.get("self", a.get("input")), ndim=2 if line else 3)
+    a = _widened(a, one_dimensional=line)
+
+    def pool(x: str, shape: Shape) -> str:
+        size = b.tensors[x].shape[1:]
+        kernel, dilation = pair(a["kernel_size"]), pair(a["dilation"])
+        stride = pair(a["stride"] or kernel)
+        padding = _overhang(a, size, shape[1:], dilation)
+        x, padding = b.absorb_padding(x, padding, -math.inf, kernel)
+        _check_windows(b.tensors[x].shape[1:], shape[1:], kernel, stride, padding, dilation)
+        op = MaxPool2d(b.name(node), (x,), kernel, stride, padding, dilation)
+        return b.emit(node, op, shape)
+
+    return _on_image(b, node, x, pool)
+
+
+def _check_windows(
+    size: Shape, out: Shape, kernel: Pair, stride: Pair, padding: Padding, dilation: Pair
+) -> None:
+    for i in range(2):
+        for start in range(-padding[2 * i], out[i] * stride[i] - padding[2 * i], stride[i]):
+            # A dilated window can step over the whole input.
+            if not any(0 <= start + dilation[i] * j < size[i] for j in range(kernel[i])):
+                raise UnsupportedError("A window sees nothing but padding, so its maximum is -inf.")
+
+
+@converts(_aten.adaptive_max_pool2d.default, _aten.adaptive_max_pool1d.default)
+def _adaptive_max_pool(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    def pool(x: str, shape: Shape) -> str:
+        size = b.tensors[x].shape
+        if shape == size:
+            return x
+        for axis in (1, 2):
+            x = _max_along(b, node, x, axis, _adaptive(size[axis], shape[axis]))
+        return x
+
+    x = b.tensor(a["self"], ndim=2 if "1d" in str(node.target) else 3)
+    size, out = b.tensors[x].shape, b.shape(node)
+    if size != out and all(n % m == 0 for n, m in zip(size[1:], out[1:], strict=True)):
+
+        def regular(x: str, shape: Shape) -> str:
+            windows = pair([n // m for n, m in zip(b.tensors[x].shape[1:], shape[1:], strict=True)])
+            return b.emit(node, MaxPool2d(b.name(node), (x,), windows, windows), shape)
+
+        return _on_image(b, node, x, regular)
+    return _on_image(b, node, x, pool)
+
+
+def _max_along(b: Builder, node: Node, x: str, axis: int, windows: Sequence[Pair]) -> str:
+    """The maximum over windows of rows (axis 1) or columns (axis 2) that differ in size."""
+    if len(windows) > MOST_WINDOWS:
+        raise UnsupportedError(
+            f"Its windows differ in size, and there are {len(windows)} along an axis, more than "
+            f"{MOST_WINDOWS}. Choose an output size that divides the input's."
+        )
+    base, size = b.base(node), b.tensors[x].shape
+    if all(stop - start == 1 for start, stop in windows) and len(windows) == size[axis]:
+        return x
+    b.shared.add(x)
+    parts = []
+    for start, stop in windows:
+        cut = (*size[:axis], stop - start, *size[axis + 1 :])
+        part = b.emit(node, Slice(b.unique(f"{base}.window"), (x,), axis, start, stop), cut)
+        kernel = (stop - start, 1) if axis == 1 else (1, stop - start)
+        one = (*size[:axis], 1, *size[axis + 1 :])
+        op = MaxPool2d(b.unique(f"{base}.max"), (part,), kernel, kernel)
+        parts.append(b.emit(node, op, one))
+    joined = (*size[:axis], len(windows), *size[axis + 1 :])
+    return b.emit(node, Concat(b.unique(base), tuple(parts), axis), joined)
+
+
+@converts(_aten.amax.default)
+def _amax(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x, _, count, shape = _reduced(b, node, a)
+    if count == 1:
+        return b.reshape(node, f"{b.base(node)}.reshape", x, shape)
+    op = MaxPool2d(b.name(node), (x,), (1, count), (1, count))
+    pooled = (*b.tensors[x].shape[:2], 1)
+    return b.reshape(node, f"{b.base(node)}.reshape", b.emit(node, op, pooled), shape)
+
+
+# -- averages --------------------------------------------------------------------------------------
+
+
+def _adaptive(size: int, out: int) -> list[Pair]:
+    """First and last-but-one position of each window of an adaptive pool, as torch has them."""
+    return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+
+
+@converts(_aten.avg_pool2d.default, _aten.avg_pool1d.default)
+def _avg_pool(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    line = "1d" in str(node.target)
+    x = b.tensor(a["self"], ndim=2 if line else 3)
+    a = _widened(a, one_dimensional=line)
+
+    def pool(x: str, shape: Shape) -> str:
+        size, kernel = b.tensors[x].shape[1:], pair(a["kernel_size"])
+        stride, around = pair(a["stride"] or kernel), pair(a["padding"])
+        padding = _overhang(a, size, shape[1:], (1, 1))
+        symmetric = (padding[1], padding[3]) == (padding[0], padding[2])
+        divisor = a.get("divisor_override")
+        counts_padding = a["count_include_pad"] or not any(padding)
+        if symmetric and counts_padding and divisor in (None, kernel[0] * kernel[1]):
+            x, padding = b.absorb_padding(x, padding, 0.0)
+            return b.emit(node, AvgPool2d(b.name(node), (x,), kernel, stride, padding), shape)
+        windows, counts = [], []
+        for i in range(2):
+            # As torch: a window ends at the padding's end, and with ceil mode may begin in it.
+            starts = [j * stride[i] - around[i] for j in range(shape[1 + i])]
+            ends = [min(start + kernel[i], size[i] + around[i]) for start in starts]
+            inside = [(max(0, s), min(size[i], e)) for s, e in zip(starts, ends, strict=True)]
+            whole = [e - s for s, e in zip(starts, ends, strict=True)]
+            windows.append(inside)
+            counts.append(whole if a["count_include_pad"] else [e - s for s, e in inside])
+        return _irregular(b, node, x, shape, windows, counts, divisor)
+
+    return _on_image(b, node, x, pool)
+
+
+@converts(
+    _aten.adaptive_avg_pool2d.default,
+    _aten._adaptive_avg_pool2d.default,
+    _aten.adaptive_avg_pool1d.default,
+)
+def _adaptive_avg_pool(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    def pool(x: str, shape: Shape) -> str:
+        size = b.tensors[x].shape
+        if shape == size:
+            return x
+        if shape[1:] == (1, 1):
+            return b.emit(node, GlobalAvgPool(b.name(node), (x,)), shape)
+        if all(n % m == 0 for n, m in zip(size[1:], shape[1:], strict=True)):
+            windows = pair([n // m for n, m in zip(size[1:], shape[1:], strict=True)])
+            return b.emit(node, AvgPool2d(b.name(node), (x,), windows, windows), shape)
+        sides = [_adaptive(n, m) for n, m in zip(size[1:], shape[1:], strict=True)]
+        counts = [[stop - start for start, stop in side] for side in sides]
+        return _irregular(b, node, x, shape, sides, counts, None)
+
+    return _on_image(b, node, b.tensor(a["self"], 2 if "1d" in str(node.target) else 3), pool)
+
+
+def _irregular(
+    b: Builder,
+    node: Node,
+    x: str,
+    shape: Shape,
+    windows: Sequence[Sequence[Pair]],
+    counts: Sequence[Sequence[int]],
+    divisor: int | None,
+) -> str:
+    """An average pool whose windows differ in size, as a matrix product over all positions.
+
+    windows, counts  of rows and of columns: where each window begins and ends, and how many
+                     positions it counts
+    divisor          of all windows, instead of what they count
+
+    Each row of the matrix holds one value and zeros, so its codes are exact, and its scale makes
+    its own multiplier: every position divides by its own count.
+    """
+    channels, *size = b.tensors[x].shape
+    positions, results = math.prod(size), math.prod(shape[1:])
+    if positions * results > MOST_WEIGHTS:
+        raise UnsupportedError(
+            f"Its windows differ in size, which takes a weight per pair of its {positions:,} "
+            f"positions and {results:,} results: too many. Choose an output size that divides the "
+            "input's, or count_include_pad=True without ceil_mode."
+        )
+    sides = []
+    for n, side in zip(size, windows, strict=True):
+        side_matrix = torch.zeros(len(side), n, dtype=torch.float64)
+        for row, (start, stop) in zip(side_matrix, side, strict=True):
+            row[start:stop] = 1
+        sides.append(side_matrix)
+    sizes = torch.tensor([i * j for i, j in product(*counts)], dtype=torch.float64)
+    matrix = torch.kron(*sides) / (sizes[:, None] if divisor is None else divisor)
+    base = b.base(node)
+    flat = b.reshape(node, f"{base}.flatten", x, (channels, positions))
+    op = Linear(b.name(node), (flat,))
+    pooled = b.emit(node, op, (channels, results), matrix)
+    return b.reshape(node, f"{base}.reshape", pooled, shape)
+
+
+def _reduced(b: Builder, node: Node, a: dict[str, Any]) -> tuple[str, str, int, Shape]:
+    """What is reduced as an image `[kept, 1, reduced]`: it, the tensor, count, result's shape."""
+    tensor = b.tensor(a["self"])
+    size = b.tensors[tensor].shape
+    dims = a["dim"] if isinstance(a["dim"], Sequence) else [a["dim"]]
+    axes = sorted({d % (len(size) + 1) for d in dims if d is not None})
+    if not axes or 0 in axes:
+        raise UnsupportedError(
+            "It reduces the batch, too. Name the axes, without the first one: x.mean((2, 3))."
+        )
+    reduced = [d - 1 for d in axes]
+    kept = [i for i in range(len(size)) if i not in reduced]
+    base, count = b.base(node), math.prod(size[i] for i in reduced)
+    x = b.permute(node, f"{base}.permute", tensor, (*kept, *reduced))
+    image = (math.prod(size[i] for i in kept), 1, count)
+    return b.reshape(node, f"{base}.image", x, image), tensor, count, b.shape(node)
+
+
+@converts(_aten.mean.dim)
+def _mean(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a["self"])
+    size = b.tensors[x].shape
+    dims = {d % (len(size) + 1) for d in a["dim"] or ()}
+    if len(size) == 3 and dims == {2, 3}:
+        name = b.emit(node, GlobalAvgPool(b.name(node), (x,)), (size[0], 1, 1))
+        return b.reshape(node, f"{name}.reshape", name, b.shape(node))
+    image, _, _, shape = _reduced(b, node, a)
+    pooled = (*b.tensors[image].shape[:1], 1, 1)
+    name = b.emit(node, GlobalAvgPool(b.name(node), (image,)), pooled)
+    return b.reshape(node, f"{name}.reshape", name, shape)
+
+
+@converts(_aten.sum.dim_IntList)
+def _sum(b: Builder, node: Node, a: dict[str, Any]) -> Function:
+    """The mean, and then the count as a factor."""
+    name = _mean(b, node, a)
+    count = math.prod(b.tensors[b.tensor(a["self"])].shape) // math.prod(b.shape(node))
+    b.shared.add(name)  # the factor must not be folded into anything but a table
+    return Function(name, Pointwise(_aten.mul.Tensor, (X, count), label="sum"))
