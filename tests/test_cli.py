@@ -522,6 +522,14 @@ def test_the_version_is_shown():
 # -- as a process of its own ---------------------------------------------------------------------
 
 
+def test_the_command_line_starts_without_what_only_some_commands_need():
+    code = "import sys, intact.cli; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.split())
+    assert "intact.cli.quantize" in loaded
+    assert not loaded & {"torch", "numpy", "scipy", "sklearn", "jinja2", "PIL", "safetensors"}
+
+
 def test_an_error_is_one_line_on_standard_error(tmp_path):
     ran = process("inspect", tmp_path / "none.safetensors")
     assert (ran.returncode, ran.stdout) == (1, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from torch.export import Dim, export, save
 
 import intact
 from cli_harness import FILES, STAGES, Ran, intact_
+from intact.cli.check import clamp_words
 from intact.data import load_dataset, to_input
 from intact.engines.reference import ReferenceEngine
 from intact.ops import macs
@@ -309,14 +311,41 @@ def test_check_as_json_has_the_source_lines(here):
 def test_check_refuses_with_status_1_what_cannot_be_converted(here):
     arguments = ("check", "own_net.py:Soft", "--input-shape", "3,8,8")
     ran = intact_(*arguments)
-    assert (ran.code, ran.out) == (1, "")
-    assert "1. group_norm in norm\n   own_net.py:15: return self.norm(self.conv(x))\n" in ran.err
-    assert "Use batch norm" in ran.err
+    assert (ran.code, ran.err) == (1, "")
+    line = "own_net.py:15: return self.norm(self.conv(x))"
+    assert ran.out.splitlines()[:5] == [
+        "own_net.py:Soft",
+        "1 operation has no place in an integer program:",
+        "",
+        "1. group_norm in norm",
+        f"   {line}",
+    ]
+    assert "Use batch norm" in " ".join(ran.out.split())
+    assert max(map(len, ran.out.splitlines())) <= 80
     ran = intact_(*arguments, "--json")
     assert (ran.code, ran.err) == (1, "")
     facts = json.loads(ran.out)
     assert (facts["model"], facts["ok"]) == ("own_net.py:Soft", False)
-    assert "group_norm in norm" in facts["refused"]
+    (refusal,) = facts["refusals"]
+    assert (refusal["function"], refusal["layer"]) == ("group_norm", "norm")
+    assert refusal["source"] == line
+    assert "Use batch norm" in refusal["reason"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-math.inf, math.inf, ""),
+        (0.0, math.inf, "ReLU"),
+        (0.0, 6.0, "ReLU6"),
+        (0.0, 5.0, "0 to 5"),
+        (-1.0, 1.0, "-1 to 1"),
+        (-3.0, math.inf, "at least -3"),
+        (-math.inf, 0.5, "at most 0.5"),
+    ],
+)
+def test_what_is_fused_into_a_layer_has_a_name(low, high, words):
+    assert clamp_words(low, high) == words
 
 
 def test_check_asks_for_a_shape_that_nobody_knows(here):

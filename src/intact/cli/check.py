@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import textwrap
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,9 +16,10 @@ import typer
 from intact.cli.networks import MODEL_HELP, InputShapeOption, WeightsOption, shape_of
 from intact.cli.options import JsonOption
 from intact.cli.showing import aligned, count, progress, terminal
-from intact.errors import CaptureError, ModelError, ModelWarning
+from intact.errors import ModelError, ModelWarning
 
 if TYPE_CHECKING:
+    from intact.capturing import Refusal
     from intact.network import Network
 
 
@@ -34,7 +38,7 @@ def check(
     with progress("capturing"):
         import torch
 
-        from intact.capturing import capture
+        from intact.capturing import survey
         from intact.loading import input_shape as known_shape
         from intact.loading import load_model
 
@@ -48,14 +52,11 @@ def check(
                 f"{model} does not say what it takes. Give the shape of one sample, such as "
                 "--input-shape 3,224,224."
             )
-        try:
-            network = capture(loaded, torch.zeros(1, *taken))
-        except CaptureError as error:
-            if not as_json:
-                raise
-            typer.echo(json.dumps({"model": model, "ok": False, "refused": str(error)}, indent=2))
-            raise typer.Exit(1) from None
-    facts = {"model": model, "ok": True, **_facts(network)}
+        found = survey(loaded, torch.zeros(1, *taken))
+    if found.network is None:
+        _show_refusals(model, found.refusals, as_json)
+        raise typer.Exit(1)
+    facts = {"model": model, "ok": True, **_facts(found.network)}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -84,6 +85,23 @@ def check(
     console.print(f"next: intact quantize --model {shlex.quote(model)}{given} --data SOURCE")
 
 
+def _show_refusals(model: str, refusals: Sequence[Refusal], as_json: bool) -> None:
+    if as_json:
+        facts = {"model": model, "ok": False, "refusals": [asdict(refusal) for refusal in refusals]}
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    console = terminal()
+    console.print(model, style="bold")
+    what = "operation has" if len(refusals) == 1 else "operations have"
+    console.print(f"{len(refusals)} {what} no place in an integer program:")
+    for i, refusal in enumerate(refusals, 1):
+        console.print(f"\n{i}. {refusal.function} in {refusal.layer}")
+        if refusal.source:
+            console.print(f"   {refusal.source}")
+        lines = textwrap.wrap(refusal.reason, console.width - 3)
+        console.print(textwrap.indent("\n".join(lines), "   "))
+
+
 def _facts(network: Network) -> dict[str, Any]:
     """What `check` shows of a network, as plain values."""
     from intact.ops import macs
@@ -102,7 +120,7 @@ def _facts(network: Network) -> dict[str, Any]:
             {
                 "name": op.name,
                 "op": type(op).__name__,
-                "clamp": _clamp(result.low, result.high),
+                "clamp": clamp_words(result.low, result.high),
                 "inputs": list(op.inputs),
                 "shape": list(result.shape),
                 "macs": macs(
@@ -121,12 +139,16 @@ def _facts(network: Network) -> dict[str, Any]:
     }
 
 
-def _clamp(low: float, high: float) -> str:
+def clamp_words(low: float, high: float) -> str:
     """What is fused into a layer, in words: "ReLU", "ReLU6", "-1 to 1"; "" for nothing."""
     if (low, high) == (-math.inf, math.inf):
         return ""
-    if low == 0:
-        return {math.inf: "ReLU", 6.0: "ReLU6"}.get(high, f"ReLU to {high:g}")
+    if low == 0 and high in (6, math.inf):
+        return "ReLU6" if high == 6 else "ReLU"
+    if high == math.inf:
+        return f"at least {low:g}"
+    if low == -math.inf:
+        return f"at most {high:g}"
     return f"{low:g} to {high:g}"
 
 
