@@ -112,11 +112,11 @@ def test_results_are_the_report_and_describe_the_files(digits, experiment, folde
     images = to_input(digits.train_images[:CALIBRATION]), to_input(digits.test_images)
     calibration, test = (hashlib.sha256(x.tobytes()).hexdigest() for x in images)
     assert report.data == {
-        "name": "digits, test images",
+        "name": "digits",
         "classes": [str(i) for i in range(10)],
         "test": 60,
         "calibration": CALIBRATION,
-        "calibrated on": "digits, train images",
+        "calibrated on": "digits",
         "sha256": {
             "calibration": calibration,
             "test": test,
@@ -174,7 +174,7 @@ def test_no_images_to_calibrate_on_are_refused(digits, count):
 
 
 def test_more_classes_than_the_network_tells_apart_are_refused(digits):
-    with pytest.raises(DataError, match=r"10 classes apart, but digits, test images has 12. Leave"):
+    with pytest.raises(DataError, match=r"10 classes apart, but digits has 12. Leave"):
         run(replace(digits, classes=tuple("abcdefghijkl")))
 
 

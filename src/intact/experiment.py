@@ -182,7 +182,7 @@ def dataset_part(dataset: Dataset, part: Part, count: int | None = None) -> Samp
         "test": (dataset.test_images, dataset.test_labels),
     }[part]
     return image_samples(
-        f"{dataset.name}, {part} images",
+        dataset.name,
         lambda at: list(images[at]),
         len(images[:count]),
         labels[:count],
