@@ -218,6 +218,7 @@ def test_images_are_brought_to_the_networks_input_and_bad_ones_left_out(here):
         assert report["stages"][0]["total"] == 6
         assert report["data"]["classes"] == ["class0", "class1"]
         assert report["input"]["min"] >= 0
+        assert "note: images of photos: 2 classes, for a network of 10 outputs" in ran.out
     (here / "photos/class1/damaged.png").unlink()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,7 +25,7 @@ from intact.cli.networks import (
 )
 from intact.cli.options import JsonOption, OutFolderOption, RecipeOption, command_line
 from intact.cli.pages import show_report
-from intact.cli.showing import progress, terminal
+from intact.cli.showing import count, progress, terminal
 
 if TYPE_CHECKING:
     from intact.data.samples import Samples
@@ -156,6 +157,15 @@ def quantize(
         typer.echo(report_to_json(experiment.report), nl=False)
         return
     show_report(experiment.report, out)
+    program = experiment.quantized.program
+    outputs = math.prod(program.tensors[program.output].shape)
+    if test.classes is not None and len(test.classes) < outputs:
+        terminal().print(
+            f"note: {test.name}: {count(len(test.classes), 'class', 'classes')}, for a network of "
+            f"{outputs:,} outputs; labels are positions in the order of the classes' names, so "
+            "accuracies mean something only if those are the network's first classes",
+            soft_wrap=False,
+        )
     if training.name == test.name:
         terminal().print(
             "note: ranges were chosen from samples that the stages were measured on as well; "

@@ -40,9 +40,9 @@ def progress(what: str) -> Iterator[Tell]:
         yield tell
 
 
-def count(number: int, what: str) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def count(number: int, what: str, several: str = "") -> str:
+    """`1 thread`, `2 threads`, or with a plural that is given: `2 classes`."""
+    return f"{number:,} {what if number == 1 else several or f'{what}s'}"
 
 
 def aligned(rows: list[tuple[str, ...]], left: int = 2) -> str:
