@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,40 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import intact
-from intact import cli, training
+from cli_harness import FILES, STAGES, Ran, intact_
+from intact import training
 from intact.data import load_dataset
 from intact.recipe import PRESETS
 from intact.zoo import LeNet
-
-FILES = [
-    "float.safetensors", "predictions.npz", "program.safetensors", "report.html", "results.json",
-]  # fmt: skip
-STAGES = ["float", "weights", "activations", "bias-unscaled", "integer"]
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-def intact_(*arguments: object) -> Ran:
-    """The command line in this process; 80 columns, no terminal."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    argv = ["intact", *map(str, arguments)]
-    with (
-        patch.object(sys, "argv", argv),
-        patch.dict(os.environ, COLUMNS="80"),
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-    return Ran(code, out.getvalue(), err.getvalue())
 
 
 def process(*arguments: object, **options) -> subprocess.CompletedProcess:
@@ -353,7 +320,7 @@ def test_report_draws_the_same_page_again(demo, results, tmp_path):
 
 def test_report_opens_the_page_where_it_is(demo, monkeypatch):
     opened: list[str] = []
-    monkeypatch.setattr(cli.webbrowser, "open", opened.append)
+    monkeypatch.setattr("webbrowser.open", opened.append)
     assert intact_("report", demo[0], "--open").code == 0
     assert opened == [(demo[0] / "report.html").as_uri()]
 
@@ -484,7 +451,7 @@ def test_lenet_refuses_bad_input_and_leaves_nothing(case, bad, monkeypatch):
 
 def test_a_read_only_folder_is_refused_before_the_run(tmp_path, monkeypatch):
     # Root may write anywhere, so the system is asked in a way that a test can answer.
-    monkeypatch.setattr(cli.os, "access", lambda path, _mode: Path(path) != tmp_path)
+    monkeypatch.setattr("os.access", lambda path, _mode: Path(path) != tmp_path)
     refused(f"the folder {tmp_path} is read-only. Choose", "lenet", "-o", tmp_path / "a" / "b")
 
 
@@ -532,7 +499,8 @@ def test_ctrl_c_is_status_130(tmp_path, monkeypatch):
 
 COMMANDS = [
     [], ["lenet"], ["train"], ["train", "lenet"], ["train", "resnet20"], ["inspect"], ["evaluate"],
-    ["run"], ["bench"], ["report"], ["export"], ["certify"],
+    ["run"], ["bench"], ["report"], ["export"], ["certify"], ["quantize"],
+    ["check"], ["zoo"],
 ]  # fmt: skip
 
 
@@ -552,6 +520,14 @@ def test_the_version_is_shown():
 
 
 # -- as a process of its own ---------------------------------------------------------------------
+
+
+def test_the_command_line_starts_without_what_only_some_commands_need():
+    code = "import sys, intact.cli; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.split())
+    assert "intact.cli.quantize" in loaded
+    assert not loaded & {"torch", "numpy", "scipy", "sklearn", "jinja2", "PIL", "safetensors"}
 
 
 def test_an_error_is_one_line_on_standard_error(tmp_path):

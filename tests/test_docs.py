@@ -122,6 +122,8 @@ def test_every_example_runs_and_prints_what_the_page_says(
     printed = ""
     for block in blocks(page):
         where = f"{page}, line {block.line}"
+        if named := re.match(r"# (\w+\.py)\n", block.text):
+            Path(named[1]).write_text(block.text, encoding="utf-8")
         if block.kind == "python":
             printed = run_python(block.text, names)
         elif block.kind == "sh":

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 import intact
 from intact.data import Dataset, load_dataset, to_input
+from intact.data.sources import open_samples
 from intact.engines.reference import ReferenceEngine
 from intact.errors import DataError, IntactError
-from intact.experiment import Experiment, run_experiment, write_experiment
+from intact.experiment import Experiment, batch_size, dataset_part, run_experiment, write_experiment
+from intact.network import Network
 from intact.recipe import PRESETS, Recipe
 from intact.report import render, report_from_json
 from intact.storage import load
@@ -42,9 +44,15 @@ def digits() -> Dataset:
 
 
 def run(dataset: Dataset, recipe: str | Recipe = "lab", **changes) -> Experiment:
-    arguments = {"calibration": CALIBRATION, "title": "a title", "command": "a command", "seed": 7}
-    chosen = PRESETS[recipe] if isinstance(recipe, str) else recipe
-    return run_experiment(load_lenet("digits", "last"), dataset, chosen, **arguments | changes)
+    arguments = {
+        "calibration": dataset_part(dataset, "train", CALIBRATION),
+        "test": dataset_part(dataset, "test"),
+        "recipe": PRESETS[recipe] if isinstance(recipe, str) else recipe,
+        "title": "a title",
+        "command": "a command",
+        "seed": 7,
+    }
+    return run_experiment(load_lenet("digits", "last"), **arguments | changes)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +109,19 @@ def test_results_are_the_report_and_describe_the_files(digits, experiment, folde
     state = load_file(folder / "float.safetensors")
     assert report.program.float_bytes == 4 * sum(t.numel() for t in state.values())
     assert (report.title, report.command, report.seed) == ("a title", "a command", 7)
+    images = to_input(digits.train_images[:CALIBRATION]), to_input(digits.test_images)
+    calibration, test = (hashlib.sha256(x.tobytes()).hexdigest() for x in images)
     assert report.data == {
         "name": "digits",
         "classes": [str(i) for i in range(10)],
-        "train": 40,
         "test": 60,
         "calibration": CALIBRATION,
-        "sha256": digits.sha256,
+        "calibrated on": "digits",
+        "sha256": {
+            "calibration": calibration,
+            "test": test,
+            "labels": hashlib.sha256(digits.test_labels.tobytes()).hexdigest(),
+        },
     }
     assert Recipe.from_toml(report.recipe_toml) == PRESETS["lab"]
     assert json.loads(json.dumps(report.recipe)) == PRESETS["lab"].to_dict()
@@ -148,14 +162,19 @@ def test_progress_counts_the_images_of_each_step(digits):
     ]
 
 
-@pytest.mark.parametrize("calibration", [0, -1, 41])
-def test_a_number_of_calibration_images_that_is_not_there_is_refused(digits, calibration):
-    with pytest.raises(DataError, match=rf"{calibration} cal.* digits has from 1 to 40 training"):
-        run(digits, calibration=calibration)
+def test_what_is_said_of_the_data_can_be_given(digits):
+    assert run(digits, data={"name": "mine"}).report.data == {"name": "mine"}
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_images_to_calibrate_on_are_refused(digits, count):
+    with pytest.raises(DataError, match=f"{count} images are none to work with"):
+        dataset_part(digits, "train", count)
+    assert dataset_part(digits, "train", 41).count == 40
 
 
 def test_more_classes_than_the_network_tells_apart_are_refused(digits):
-    with pytest.raises(DataError, match=r"tells 10 classes apart, but digits has 12. Leave"):
+    with pytest.raises(DataError, match=r"10 classes apart, but digits has 12. Leave"):
         run(replace(digits, classes=tuple("abcdefghijkl")))
 
 
@@ -175,6 +194,9 @@ def test_images_of_another_size_are_refused(digits):
     small = replace(digits, train_images=digits.train_images[..., :28, :28].copy())
     with pytest.raises(IntactError, match=r"LeNet fails on a batch .* shape, \[3, 28, 28\]"):
         run(small)
+    small = replace(digits, test_images=digits.test_images[..., :28, :28].copy())
+    with pytest.raises(DataError, match=r"\[3, 32, 32\], as calibration .* shape \[3, 28, 28\]"):
+        run(small)
 
 
 def test_a_recipe_for_a_layer_that_is_not_there_is_refused(digits):
@@ -186,3 +208,46 @@ def test_a_recipe_for_a_layer_that_is_not_there_is_refused(digits):
 def test_a_folder_that_is_not_there_is_refused(experiment, tmp_path):
     with pytest.raises(IntactError, match="missing does not exist"):
         write_experiment(experiment, tmp_path / "missing")
+
+
+# -- data without labels ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unlabelled(digits, tmp_path_factory) -> Experiment:
+    path = tmp_path_factory.mktemp("data") / "x.npy"
+    np.save(path, to_input(digits.test_images))
+    return run(digits, test=open_samples(path))
+
+
+def test_without_labels_only_what_is_said_of_them_is_different(experiment, unlabelled):
+    assert unlabelled.stages.labels is None
+    assert unlabelled.quantized.program == experiment.quantized.program
+    for name, predicted in experiment.stages.predictions.items():
+        assert np.array_equal(unlabelled.stages.predictions[name], predicted)
+        ours, theirs = unlabelled.stages[name], experiment.stages[name]
+        assert (ours.agreement, ours.sqnr_db) == (theirs.agreement, theirs.sqnr_db)
+    data = unlabelled.report.data
+    assert data["sha256"].keys() == {"calibration", "test"}
+    assert data["sha256"]["test"] == experiment.report.data["sha256"]["test"]
+
+
+def test_a_run_without_labels_leaves_the_same_files(unlabelled, tmp_path):
+    write_experiment(unlabelled, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    assert report_from_json(text) == unlabelled.report
+    assert "accuracy" not in json.loads(text)["stages"][0]
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def test_batches_shrink_with_what_a_network_keeps_in_memory():
+    def conv(side: int) -> Network:
+        net = torch.nn.Conv2d(1, 63, 1)
+        return intact.capture(net, torch.zeros(1, 1, side, side))
+
+    assert batch_size(conv(8)) == 500
+    assert batch_size(conv(64)) == 2**26 // (64 * 64**2)
+    assert batch_size(conv(1024)) == 1

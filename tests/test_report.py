@@ -19,9 +19,17 @@ from intact.errors import IntactError, StorageError
 from intact.report import render, report_from_json, report_to_json, sentence, verdict
 from intact.report.axes import Axis, round_ticks
 from intact.report.numbers import minus_and_spaces, points, real, share, size
-from intact.report.plots import HEIGHT, channel_plot, code_plot, histogram_plot, stage_plot
+from intact.report.plots import (
+    HEIGHT,
+    channel_plot,
+    code_plot,
+    histogram_plot,
+    signal_plot,
+    stage_plot,
+)
 from intact.report.value import Report
 from intact.significance import percent
+from intact.staged import UnlabelledResult
 from report_fixture import deep_report, lenet_report, stage
 
 LENET = lenet_report()
@@ -452,6 +460,62 @@ def test_a_report_with_next_to_nothing_in_it_is_still_a_page() -> None:
         recipe_toml="",
     )
     assert "No rule found anything" in render(report)
+
+
+UNLABELLED = dataclasses.replace(
+    LENET,
+    stages=(
+        UnlabelledResult("float", 1000, 1000, 1.0, (0.9962, 1.0), None),
+        UnlabelledResult("weights", 998, 1000, 0.998, (0.9927, 0.9995), 41.25),
+        UnlabelledResult("bias-unscaled", 312, 1000, 0.312, (0.284, 0.3414), -1.5),
+        UnlabelledResult("integer", 1000, 1000, 1.0, (0.9962, 1.0), 31.04),
+    ),
+)
+
+
+def test_without_labels_the_page_speaks_of_signal_and_noise_and_of_no_accuracy() -> None:
+    text = minus_and_spaces("".join(_Reader(render(UNLABELLED)).text))
+    assert "every prediction is as in float; the outputs carry 31.0 dB" in " ".join(text.split())
+    for shown in ("41.2 dB", "−1.5 dB", "99.80 %", "31.20 %", "28.4 % to 34.1 %", "1,000 samples"):
+        assert minus_and_spaces(shown) in text, shown
+    assert not re.search("accuracy|became|images that changed", text, re.IGNORECASE)
+
+
+def test_signals_are_drawn_from_zero_to_the_best() -> None:
+    plot = signal_plot(UNLABELLED.stages)
+    assert plot.at[0] is None
+    assert plot.at[2] == 0.0  # more noise than signal
+    assert plot.at[3] == pytest.approx(31.04 / (1.05 * 41.25))
+    exact = [dataclasses.replace(stage, sqnr_db=None) for stage in UNLABELLED.stages]
+    assert set(signal_plot(exact).at) == {None}
+    assert "exact" in render(dataclasses.replace(UNLABELLED, stages=tuple(exact)))
+
+
+def test_stages_with_and_without_accuracies_do_not_mix() -> None:
+    text = report_to_json(UNLABELLED)
+    assert report_from_json(text) == UNLABELLED
+    document = json.loads(text)
+    document["stages"][0] = json.loads(report_to_json(LENET))["stages"][0]
+    with pytest.raises(StorageError, match="stages with accuracies, and stages without"):
+        report_from_json(json.dumps(document))
+
+
+def test_sentences_without_labels() -> None:
+    first, weights, *_ = UNLABELLED.stages
+    assert sentence(first, first) == "the yardstick, on 1,000 samples without labels"
+    assert sentence(weights, first) == (
+        "99.80 % of the predictions are as in float; the outputs carry 41.2 dB"
+    )
+    assert verdict(UNLABELLED).startswith("As integers only: every prediction is as in float; ")
+
+
+def test_a_card_shows_few_findings_and_folds_the_rest() -> None:
+    finding = LENET.diagnosis[-1]
+    for count, folded in ((6, 0), (7, 2), (40, 35)):
+        report = dataclasses.replace(LENET, diagnosis=(finding,) * count)
+        page = render(report)
+        assert page.count('<details class="more">') == (folded > 0)
+        assert folded == 0 or f"<summary>{folded} more</summary>" in page
 
 
 def test_a_page_is_light_enough_for_a_mail() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import intact
 from intact import inference
 from intact.arithmetic import dequantize
-from intact.cli import EngineChoice
+from intact.cli.options import EngineChoice
 from intact.data import to_input
 from intact.data.folder import find_images, read_images
 from intact.data.preprocessing import PRESETS

@@ -19,7 +19,7 @@ from intact.ops import Linear
 from intact.pipeline import Quantized, quantize_network
 from intact.recipe import PRESETS
 from intact.significance import mcnemar_p, paired_interval, wilson_interval
-from intact.staged import Stages, fake_quantize, fake_weights, measure
+from intact.staged import Stages, UnlabelledResult, fake_quantize, fake_weights, measure
 
 torch.set_num_threads(1)
 RNG = np.random.default_rng(7)
@@ -305,3 +305,41 @@ def test_the_results_show_themselves():
     html = stages._repr_html_()
     assert html.count("<tr>") == 6
     assert "bias-unscaled" in html
+
+
+# -- without labels --------------------------------------------------------------------------------
+
+
+def test_without_labels_stages_are_compared_with_float_alone():
+    q = quantized(bits=3)
+    labelled, stages = stages_of(q), measure(q.network, q.program, [(x, None) for x, _ in BATCHES])
+    assert stages.labels is None
+    for result in stages:
+        name = result.name
+        assert np.array_equal(stages.predictions[name], labelled.predictions[name])
+        same = int((stages.predictions[name] == stages.predictions["float"]).sum())
+        assert result == UnlabelledResult(
+            name, same, 300, same / 300, wilson_interval(same, 300), labelled[name].sqnr_db
+        )
+    assert 0 < stages["integer"].agreement < 1  # three bits do change predictions
+
+
+def test_the_table_without_labels_has_no_accuracies():
+    q = quantized(bits=3)
+    stages = measure(q.network, q.program, [(X, None)])
+    heading, first, *rows = [line.split() for line in str(stages).splitlines()]
+    assert heading == ["stage", "as", "in", "float", "95", "%", "interval", "other", "SQNR"]
+    assert first == ["float"]
+    last = stages["integer"]
+    low, high = (f"{100 * end:.1f}" for end in last.interval)
+    assert rows[-1] == [
+        "integer", f"{100 * last.agreement:.1f}", "%", f"{low}–{high}", "%",
+        str(300 - last.same), f"{last.sqnr_db:.1f}", "dB",
+    ]  # fmt: skip
+    assert "as in float" in stages._repr_html_()
+
+
+def test_labels_for_some_batches_only_are_refused():
+    q = quantized()
+    with pytest.raises(DataError, match="only 128 of 300 samples came with labels"):
+        measure(q.network, q.program, [BATCHES[0], (X[128:], None)])

@@ -9,7 +9,7 @@ from typing import Literal
 
 from intact.analysis import Analysis, LayerAnalysis, TensorAnalysis
 from intact.significance import SIGNIFICANCE
-from intact.staged import Stages
+from intact.staged import StageResult, Stages
 
 __all__ = ["Finding", "diagnose"]
 
@@ -78,14 +78,17 @@ def diagnose(analysis: Analysis, stages: Stages, calibration_images: int) -> tup
 
 def _accuracy(stages: Stages) -> Iterator[Finding]:
     """The integer program is significantly worse than the float network."""
-    final = stages["integer"]
+    labelled = {stage.name: stage for stage in stages if isinstance(stage, StageResult)}
+    if not labelled:
+        return
+    final = labelled["integer"]
     if final.p_value >= SIGNIFICANCE or final.difference >= 0:
         return
+    accuracy = {name: stage.accuracy for name, stage in labelled.items()}
     steps = {
-        "quantizing the weights": stages["weights"].accuracy - stages["float"].accuracy,
-        "quantizing the activations": stages["activations"].accuracy - stages["weights"].accuracy,
-        "integer arithmetic (multipliers and biases)": final.accuracy
-        - stages["activations"].accuracy,
+        "quantizing the weights": accuracy["weights"] - accuracy["float"],
+        "quantizing the activations": accuracy["activations"] - accuracy["weights"],
+        "integer arithmetic (multipliers and biases)": final.accuracy - accuracy["activations"],
     }
     worst = min(steps, key=lambda step: steps[step])
     yield Finding(

@@ -11,6 +11,8 @@ __all__ = [
     "EngineWarning",
     "ExportError",
     "IntactError",
+    "ModelError",
+    "ModelWarning",
     "ProgramError",
     "QParamsError",
     "RecipeError",
@@ -24,6 +26,14 @@ class IntactError(Exception):
 
 class QParamsError(IntactError):
     """Quantization parameters that cannot be: a scale of 0, an odd zero point, an empty range."""
+
+
+class ModelError(IntactError):
+    """A user's network that cannot be loaded: code, an exported program, or weights of it."""
+
+
+class ModelWarning(UserWarning):
+    """A network can be used, but hardly is what its user means: batch norm never trained."""
 
 
 class CaptureError(IntactError):

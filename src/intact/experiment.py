@@ -1,4 +1,4 @@
-"""The experiment: quantize a network on a data set, measure all stages, leave everything on disk.
+"""The experiment: quantize a network on data, measure all stages, leave everything on disk.
 
 A run leaves in its folder
 
@@ -13,14 +13,16 @@ A run leaves in its folder
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import platform
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,23 +33,32 @@ from torch import nn
 from intact import __version__
 from intact.analysis import analyse
 from intact.capturing import capture
-from intact.data import Dataset, batches, to_input
+from intact.data import Dataset
+from intact.data.folder import Part
+from intact.data.images import image_samples
+from intact.data.preprocessing import PRESETS
+from intact.data.samples import Batch, Samples
 from intact.diagnosis import diagnose
 from intact.errors import DataError
+from intact.network import Network
 from intact.pipeline import Quantized, quantize_network
 from intact.recipe import Recipe
 from intact.report import ProgramFacts, Report, render, report_to_json
 from intact.staged import Stages, measure
 from intact.storage import to_bytes, write_atomically
 
-__all__ = ["Experiment", "run_experiment", "write_experiment"]
+__all__ = ["Experiment", "dataset_part", "run_experiment", "write_experiment"]
 
 BATCH = 500
+WORKSPACE = 2**26
+"""Values of all tensors of a network together that a batch may have: 256 MB in float32, or a batch
+of 3 for ResNet-50 at 224 x 224. Small networks get batches of `BATCH`."""
 ANALYSED = 1000
-"""Images that are compared tensor by tensor, at most: the ranges come from all of them."""
+"""Samples that are compared tensor by tensor, at most: the ranges come from all of them."""
 
 Progress = Callable[[str, int, int], object]
-"""Called as `progress(what is going on, images done, images in all)`; 0 of 1 for one long step."""
+"""Called as `progress(what is going on, samples done, samples in all)`, the latter 0 where nobody
+knows; 0 of 1 for one long step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,59 +73,63 @@ class Experiment:
 
 def run_experiment(
     model: nn.Module,
-    dataset: Dataset,
+    calibration: Samples,
+    test: Samples,
     recipe: Recipe,
     *,
-    calibration: int,
     title: str,
     command: str,
     seed: int,
+    data: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Experiment:
     """Capture, calibrate, lower, measure every stage, analyse every layer, diagnose.
 
-    calibration     number of training images, in file order, that ranges are chosen from
+    calibration     what ranges are chosen from; its labels are not looked at
+    test            what the stages are measured on, with labels or without
     title, command  for the report
     seed            of whatever made the model, for the report
+    data            what the report says of the data; None: the names of calibration and test data,
+                    how many samples there were, and the SHA-256 of all inputs, float32, and of the
+                    labels, int64, little-endian
     """
-    if not 1 <= calibration <= len(dataset.train_images):
-        raise DataError(
-            f"{calibration} calibration images were asked for; {dataset.name} has from 1 to "
-            f"{len(dataset.train_images)} training images."
-        )
     tell = progress or (lambda *_: None)
-    images = dataset.train_images[:calibration]
     tell("capturing", 0, 1)
-    network = capture(model, torch.from_numpy(to_input(images[:1])))
-    outputs = math.prod(network.tensors[network.output].shape)
-    if len(dataset.classes) > outputs:
-        raise DataError(
-            f"the network tells {outputs} classes apart, but {dataset.name} has "
-            f"{len(dataset.classes)}. Leave classes out, or take a network with more outputs."
-        )
+    network = capture(model, torch.zeros(1, *calibration.shape))
+    _check_test_data(network, test)
+    size = batch_size(network)
+    known = calibration.count or 0
+    seen = 0
 
     def calibrated(done: int) -> None:
-        tell("calibrating", done, calibration)
-        if done == calibration:
+        nonlocal seen
+        seen = done
+        tell("calibrating", done, known)
+        if done == known:
             tell("lowering", 0, 1)
 
+    calibrating, testing = _Hashed(), _Hashed()
     quantized = quantize_network(
-        network, _inputs(images), recipe, info={"title": title}, progress=calibrated
+        network,
+        _inputs(calibrating.pass_on(calibration.batches(size))),
+        recipe,
+        info={"title": title},
+        progress=calibrated,
     )
-    total = len(dataset.test_images)
+    total = test.count or 0
     stages = measure(
         quantized.network,
         quantized.program,
-        batches(dataset.test_images, dataset.test_labels, BATCH),
+        testing.pass_on(test.batches(size)),
         lambda done: tell("measuring the stages", done, total),
     )
-    analysed = min(calibration, ANALYSED)
+    analysed = min(seen, ANALYSED)
     analysis = analyse(
         quantized.network,
         quantized.program,
         quantized.sketches,
         recipe,
-        _inputs(images[:analysed]),
+        _first(calibration.batches(size), analysed),
         lambda done: tell("comparing every layer", done, analysed),
     )
     program, file = quantized.program, to_bytes(quantized.program)
@@ -124,7 +139,7 @@ def run_experiment(
         stages=stages.results,
         input=analysis.input,
         layers=analysis.layers,
-        diagnosis=diagnose(analysis, stages, calibration),
+        diagnosis=diagnose(analysis, stages, seen),
         program=ProgramFacts(
             sha256=program.sha256,
             bytes=len(file),
@@ -136,18 +151,51 @@ def run_experiment(
         ),
         recipe=recipe.to_dict(),
         recipe_toml=recipe.to_toml(),
-        data={
-            "name": dataset.name,
-            "classes": list(dataset.classes),
-            "train": len(dataset.train_images),
-            "test": total,
-            "calibration": calibration,
-            "sha256": dataset.sha256,
+        data=data
+        or {
+            "name": test.name,
+            "classes": list(test.classes or ()),
+            "test": stages.results[0].total,
+            "calibration": seen,
+            "calibrated on": calibration.name,
+            "sha256": {
+                "calibration": calibrating.inputs.hexdigest(),
+                "test": testing.inputs.hexdigest(),
+                **({"labels": testing.labels.hexdigest()} if stages.labels is not None else {}),
+            },
         },
         seed=seed,
         versions=versions(),
     )
     return Experiment(report, stages, quantized, model.state_dict())
+
+
+def dataset_part(dataset: Dataset, part: Part, count: int | None = None) -> Samples:
+    """The first so many images of a part of a data set, or all of them, normalised to [-1, 1].
+
+    All, too, where there are fewer. None at all is a `DataError`.
+    """
+    if count is not None and count < 1:
+        raise DataError(f"{count} images are none to work with: take 1 or more.")
+    images, labels = {
+        "train": (dataset.train_images, dataset.train_labels),
+        "test": (dataset.test_images, dataset.test_labels),
+    }[part]
+    return image_samples(
+        dataset.name,
+        lambda at: list(images[at]),
+        len(images[:count]),
+        labels[:count],
+        dataset.classes,
+        PRESETS["signed"],
+        images.shape[1:],
+    )
+
+
+def batch_size(network: Network) -> int:
+    """Samples that all stages get at once: as many as memory has room for, `BATCH` at most."""
+    values = sum(math.prod(tensor.shape) for tensor in network.tensors.values())
+    return max(1, min(BATCH, WORKSPACE // values))
 
 
 def write_experiment(experiment: Experiment, folder: Path) -> None:
@@ -175,9 +223,49 @@ def versions() -> dict[str, str]:
     }
 
 
-def _inputs(images: npt.NDArray[np.uint8]) -> Iterator[torch.Tensor]:
-    for start in range(0, len(images), BATCH):
-        yield torch.from_numpy(to_input(images[start : start + BATCH]))
+def _check_test_data(network: Network, test: Samples) -> None:
+    taken = network.tensors[network.input].shape
+    if test.shape != taken:
+        raise DataError(
+            f"the network was captured for samples of shape {list(taken)}, as calibration has "
+            f"them, but those of {test.name} have shape {list(test.shape)}."
+        )
+    outputs = math.prod(network.tensors[network.output].shape)
+    if test.classes is not None and len(test.classes) > outputs:
+        raise DataError(
+            f"the network tells {outputs} classes apart, but {test.name} has "
+            f"{len(test.classes)}. Leave classes out, or take a network with more outputs."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Hashed:
+    """SHA-256 of all inputs and of all labels that have come by: two runs saw the same data."""
+
+    inputs: hashlib._Hash = field(default_factory=hashlib.sha256)
+    labels: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def pass_on(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for x, labels in batches:
+            self.inputs.update(np.ascontiguousarray(x, dtype="<f4").data)
+            if labels is not None:
+                self.labels.update(np.ascontiguousarray(labels, dtype="<i8").data)
+            yield x, labels
+
+
+def _inputs(batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    for x, _ in batches:
+        yield torch.from_numpy(x)
+
+
+def _first(batches: Iterable[Batch], count: int) -> Iterator[torch.Tensor]:
+    """The inputs of the first so many samples."""
+    left = count
+    for x in _inputs(batches):
+        yield x[:left]
+        left -= len(x)
+        if left <= 0:
+            return
 
 
 def _npz(arrays: Mapping[str, npt.NDArray[np.int64]]) -> bytes:

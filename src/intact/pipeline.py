@@ -84,10 +84,11 @@ def stages(
     test: Iterable[Batch],
     recipe: str | Path | Recipe = "default",
 ) -> Stages:
-    """Quantize a module step by step, and measure every step on labelled test data.
+    """Quantize a module step by step, and measure every step on test data.
 
     calibration  as `batches` of `quantize`
-    test         pairs of float32 `[N, ...]` and integer labels `[N]`
+    test         pairs of float32 `[N, ...]` and integer labels `[N]`; without labels, pairs of that
+                 and None: every step is then compared with the float network alone
     returns      one result per stage, the predictions of each, and the program
     """
     _check_iterable(test, "the test data")  # before, not after, a long calibration

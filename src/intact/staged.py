@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,15 @@ from intact.ops import weighted
 from intact.program import Program
 from intact.significance import decibels, mcnemar_p, paired_interval, percent, wilson_interval
 
-__all__ = ["StageResult", "Stages", "measure", "stage_table", "unscaled_bias"]
+__all__ = [
+    "Result",
+    "StageResult",
+    "Stages",
+    "UnlabelledResult",
+    "measure",
+    "stage_table",
+    "unscaled_bias",
+]
 
 Logits = npt.NDArray[np.float32]
 Model = Callable[[torch.Tensor], Logits]
@@ -56,26 +64,49 @@ class StageResult:
     sqnr_db: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class UnlabelledResult:
+    """One stage, measured on a test set without labels: only against the float network.
+
+    name         as in `StageResult`
+    same, total  samples with the prediction of float; all samples
+    agreement    same / total
+    interval     95 % Wilson interval of the agreement
+    sqnr_db      as in `StageResult`
+    """
+
+    name: str
+    same: int
+    total: int
+    agreement: float
+    interval: tuple[float, float]
+    sqnr_db: float | None
+
+
+Result: TypeAlias = StageResult | UnlabelledResult
+"""All stages of a run are of one of the two."""
+
+
 @dataclass(frozen=True, eq=False)
 class Stages:
     """All stages of one program on one test set.
 
     results      in order: float, weights, activations, bias-unscaled (where there is a bias),
-                 integer
+                 integer; with labels `StageResult`, without `UnlabelledResult`
     predictions  stage -> int64 [images], the class with the largest logit; the first of equals
-    labels       int64 [images]
+    labels       int64 [images]; None for a test set without
     program      what the last stage ran
     """
 
-    results: tuple[StageResult, ...]
+    results: tuple[Result, ...]
     predictions: Mapping[str, npt.NDArray[np.int64]]
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64] | None
     program: Program
 
-    def __getitem__(self, name: str) -> StageResult:
+    def __getitem__(self, name: str) -> Result:
         return {r.name: r for r in self.results}[name]
 
-    def __iter__(self) -> Iterator[StageResult]:
+    def __iter__(self) -> Iterator[Result]:
         return iter(self.results)
 
     def __str__(self) -> str:
@@ -90,28 +121,46 @@ class Stages:
         return f"<table><tr>{''.join(f'<th>{c}</th>' for c in head)}</tr>{rows}</table>"
 
 
-def stage_rows(results: Iterable[StageResult]) -> list[tuple[str, ...]]:
+def stage_rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
     """The table of stages as text, a tuple per row; the first one is the heading."""
-    rows: list[tuple[str, ...]] = [
-        ("stage", "accuracy", "95 % interval", "to wrong", "to right", "p", "SQNR")
+    results = list(results)
+    heading: tuple[str, ...] = ("stage", "as in float", "95 % interval", "other", "SQNR")
+    if all(isinstance(r, StageResult) for r in results):
+        heading = ("stage", "accuracy", "95 % interval", "to wrong", "to right", "p", "SQNR")
+    return [
+        heading,
+        *(_labelled_row(r) if isinstance(r, StageResult) else _unlabelled_row(r) for r in results),
     ]
-    for r in results:
-        low, high = r.interval
-        p = f"{r.p_value:.2g}" if r.p_value else "<1e-300"
-        compared = (str(r.flips_to_wrong), str(r.flips_to_right), p)
-        rows.append(
-            (
-                r.name,
-                percent(r.accuracy, r.total),
-                f"{100 * low:.1f}–{100 * high:.1f} %",
-                *(("", "", "") if r.name == "float" else compared),
-                "" if r.sqnr_db is None else f"{round(r.sqnr_db, 1) + 0.0:.1f} dB",
-            )
-        )
-    return rows
 
 
-def stage_table(results: Iterable[StageResult]) -> str:
+def _labelled_row(r: StageResult) -> tuple[str, ...]:
+    low, high = r.interval
+    p = f"{r.p_value:.2g}" if r.p_value else "<1e-300"
+    compared = (str(r.flips_to_wrong), str(r.flips_to_right), p)
+    return (
+        r.name,
+        percent(r.accuracy, r.total),
+        f"{100 * low:.1f}–{100 * high:.1f} %",
+        *(("", "", "") if r.name == "float" else compared),
+        _sqnr(r),
+    )
+
+
+def _unlabelled_row(r: UnlabelledResult) -> tuple[str, ...]:
+    low, high = r.interval
+    compared = (
+        percent(r.agreement, r.total),
+        f"{100 * low:.1f}–{100 * high:.1f} %",
+        str(r.total - r.same),
+    )
+    return (r.name, *(("", "", "") if r.name == "float" else compared), _sqnr(r))
+
+
+def _sqnr(r: Result) -> str:
+    return "" if r.sqnr_db is None else f"{round(r.sqnr_db, 1) + 0.0:.1f} dB"
+
+
+def stage_table(results: Iterable[Result]) -> str:
     """The table of stages in plain text, 80 columns wide at most."""
     rows = stage_rows(results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -128,10 +177,11 @@ def measure(
     batches: Iterable[Any],
     progress: Callable[[int], object] | None = None,
 ) -> Stages:
-    """Run every stage on a labelled test set, in one pass.
+    """Run every stage on a test set, in one pass.
 
     network   the aligned float network that `program` was lowered from
-    batches   of `(float32 [N, ...], integer labels [N])`, tensors or arrays
+    batches   of `(float32 [N, ...], integer labels [N])`, tensors or arrays; in all of them, None
+              for labels that are not known
     progress  called after each batch with the number of images seen so far
     """
     models = _models(network, program)
@@ -139,23 +189,30 @@ def measure(
     signal = 0.0
     predicted: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in models}
     labels: list[npt.NDArray[np.int64]] = []
+    seen = 0
     for batch in batches:
         x, y = _pair(batch)
         if not len(x):
             continue
         outputs = {name: model(x).reshape(len(x), -1) for name, model in models.items()}
         reference = outputs["float"].astype(np.float64)
-        _check_labels(y, classes=reference.shape[1])
+        if y is not None:
+            _check_labels(y, classes=reference.shape[1])
+            labels.append(y)
         signal += float(np.square(reference).sum())
         for name, logits in outputs.items():
             predicted[name].append(logits.argmax(axis=1).astype(np.int64))
             noise[name] += float(np.square(logits - reference).sum())
-        labels.append(y)
+        seen += len(x)
         if progress:
-            progress(sum(map(len, labels)))
-    if not labels:
+            progress(seen)
+    if not seen:
         raise DataError("there is no test data: the batches hold no images.")
-    truth = np.concatenate(labels)
+    truth = np.concatenate(labels) if labels else None
+    if truth is not None and len(truth) < seen:
+        raise DataError(
+            f"only {len(truth):,} of {seen:,} samples came with labels: give all of them, or none."
+        )
     predictions = {name: np.concatenate(parts) for name, parts in predicted.items()}
     results = tuple(
         _result(name, predictions[name], predictions["float"], truth, decibels(signal, noise[name]))
@@ -236,12 +293,17 @@ def _models(network: Network, program: Program) -> dict[str, Model]:
     return models
 
 
-def _pair(batch: Any) -> tuple[torch.Tensor, npt.NDArray[np.int64]]:
+def _pair(batch: Any) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        raise DataError("a test batch is a pair (inputs, labels).")
-    x, y = torch.as_tensor(batch[0]), np.asarray(batch[1])
+        raise DataError(
+            "a test batch is a pair (inputs, labels), or (inputs, None) if they have none."
+        )
+    x = torch.as_tensor(batch[0])
     if not x.dtype.is_floating_point:
         raise DataError(f"test inputs are {x.dtype}; the stages start from float32 values.")
+    if batch[1] is None:
+        return x.to(torch.float32), None
+    y = np.asarray(batch[1])
     if y.shape != (len(x),) or y.dtype.kind not in "iu":
         raise DataError(
             f"labels must be integers, one per sample: {len(x)} samples came with labels of shape "
@@ -262,9 +324,13 @@ def _result(
     name: str,
     predicted: npt.NDArray[np.int64],
     reference: npt.NDArray[np.int64],
-    labels: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64] | None,
     sqnr_db: float | None,
-) -> StageResult:
+) -> Result:
+    if labels is None:
+        same, total = int((predicted == reference).sum()), len(predicted)
+        interval = wilson_interval(same, total)
+        return UnlabelledResult(name, same, total, same / total, interval, sqnr_db)
     right, float_right = predicted == labels, reference == labels
     correct, total = int(right.sum()), len(labels)
     to_wrong = int((float_right & ~right).sum())

@@ -108,7 +108,7 @@ def read_value(value: Any, kind: Any, where: str) -> Any:
     if is_dataclass(kind):
         return _read_dataclass(value, cast("type", kind), where)
     if origin in (Union, types.UnionType):
-        return None if value is None else read_value(value, args[0], where)
+        return _read_union(value, args, where)
     if origin is tuple:
         return _read_tuple(value, args, where)
     if origin is Mapping:
@@ -126,6 +126,18 @@ def read_value(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _wrong(value, f"of type {kind.__name__}", where)
     return value
+
+
+def _read_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+    """A value of one of several types: of two dataclasses, that whose fields it has."""
+    if value is None and type(None) in kinds:
+        return None
+    alike = (k for k in kinds if is_dataclass(k) and isinstance(value, dict) and _fits(value, k))
+    return read_value(value, next(alike, kinds[0]), where)
+
+
+def _fits(value: dict[str, Any], kind: Any) -> bool:
+    return value.keys() == _hints(kind).keys()
 
 
 def _read_dataclass(value: Any, kind: type, where: str) -> Any:

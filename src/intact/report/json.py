@@ -37,6 +37,8 @@ def _check(report: Report) -> None:
     """Rules that types cannot say, and that a page of the report relies on."""
     if not report.stages or any(s.total < 1 for s in report.stages):
         raise StorageError("report.stages must name at least one stage, with at least one image.")
+    if len({type(stage) for stage in report.stages}) > 1:
+        raise StorageError("report.stages has stages with accuracies, and stages without.")
     tensors = {"report.input": report.input}
     for i, layer in enumerate(report.layers):
         tensors[f"report.layers[{i}].activation"] = layer.activation

@@ -28,13 +28,17 @@ from intact.report.plots import (
     ChannelPlot,
     CodePlot,
     HistogramPlot,
+    SignalPlot,
+    StagePlot,
     channel_plot,
     code_plot,
     histogram_plot,
+    signal_plot,
     stage_plot,
 )
 from intact.report.value import Report
 from intact.significance import percent
+from intact.staged import Result, StageResult, UnlabelledResult
 
 __all__ = ["render"]
 
@@ -72,7 +76,7 @@ def render(report: Report, certificate: Certificate | None = None) -> str:
             report=report,
             verdict=words.verdict(report),
             headline=words.headline(report),
-            stages=stage_plot(report.stages),
+            stages=_stages(report.stages),
             groups=_groups(report),
             layers=[_layer(i, layer, report) for i, layer in enumerate(report.layers)],
             certificate=None if certificate is None else _certificate(certificate),
@@ -167,6 +171,13 @@ class _Certified:
     families: tuple[tuple[str, str], ...]
     boundaries: int
     ties: int
+
+
+def _stages(results: Sequence[Result]) -> StagePlot | SignalPlot:
+    """Accuracies where the data has labels, else how much of the signal is left."""
+    labelled = [r for r in results if isinstance(r, StageResult)]
+    unlabelled = [r for r in results if isinstance(r, UnlabelledResult)]
+    return stage_plot(labelled) if labelled else signal_plot(unlabelled)
 
 
 def _certificate(certificate: Certificate) -> _Certified:

@@ -14,16 +14,18 @@ from markupsafe import Markup
 
 from intact.analysis import TensorAnalysis
 from intact.report.axes import Axis, Tick, log_ticks, round_ticks
-from intact.staged import StageResult
+from intact.staged import StageResult, UnlabelledResult
 
 __all__ = [
     "ChannelPlot",
     "CodePlot",
     "HistogramPlot",
+    "SignalPlot",
     "StagePlot",
     "channel_plot",
     "code_plot",
     "histogram_plot",
+    "signal_plot",
     "stage_plot",
 ]
 
@@ -103,6 +105,14 @@ class StagePlot:
     off: tuple[bool, ...]
     wrong: tuple[float, ...]
     right: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SignalPlot:
+    """The signal-to-noise ratios of all stages on one axis from 0; None for float itself."""
+
+    ticks: tuple[Tick, ...]
+    at: tuple[float | None, ...]
 
 
 def histogram_plot(tensor: TensorAnalysis) -> HistogramPlot:
@@ -227,6 +237,16 @@ def stage_plot(stages: Sequence[StageResult]) -> StagePlot:
         off=tuple(off),
         wrong=tuple(0.0 if s not in shown else s.flips_to_wrong / most for s in stages),
         right=tuple(0.0 if s not in shown else s.flips_to_right / most for s in stages),
+    )
+
+
+def signal_plot(stages: Sequence[UnlabelledResult]) -> SignalPlot:
+    """Positions of all stages whose outputs are compared with float's; below 0 dB is at 0."""
+    known = [s.sqnr_db for s in stages if s.sqnr_db is not None]
+    axis = Axis(0, 1.05 * max(20.0, *known, 0.0))
+    return SignalPlot(
+        ticks=round_ticks(axis, 5),
+        at=tuple(None if s.sqnr_db is None else max(axis.at(s.sqnr_db), 0.0) for s in stages),
     )
 
 

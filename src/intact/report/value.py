@@ -8,7 +8,7 @@ from typing import Any
 
 from intact.analysis import LayerAnalysis, TensorAnalysis
 from intact.diagnosis import Finding
-from intact.staged import StageResult
+from intact.staged import Result, StageResult
 
 __all__ = ["ProgramFacts", "Report"]
 
@@ -43,7 +43,7 @@ class Report:
 
     title: str
     command: str
-    stages: tuple[StageResult, ...]
+    stages: tuple[Result, ...]
     input: TensorAnalysis
     layers: tuple[LayerAnalysis, ...]
     diagnosis: tuple[Finding, ...]
@@ -53,3 +53,8 @@ class Report:
     data: Mapping[str, Any]
     seed: int
     versions: Mapping[str, str]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the stages were measured on labelled data, so that there are accuracies."""
+        return all(isinstance(stage, StageResult) for stage in self.stages)

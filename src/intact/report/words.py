@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from intact.report.numbers import count, size
+from intact.report.numbers import count, decibel, size
 from intact.report.value import Report
 from intact.significance import SIGNIFICANCE, percent
-from intact.staged import StageResult
+from intact.staged import Result, StageResult, UnlabelledResult
 
 __all__ = [
     "explanation",
@@ -51,13 +51,18 @@ def p_value(p: float) -> str:
     return f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.2g}"
 
 
-def sentence(stage: StageResult, float_stage: StageResult) -> str:
+def sentence(stage: Result, float_stage: Result) -> str:
     """One stage against the float network, in words.
 
     "52.11 % against 52.07 %: 131 images became right, 127 wrong; such a difference is noise,
     p = 0.85"; where the exact McNemar test rejects chance at `SIGNIFICANCE`, what the stage costs
     or gains, in percentage points with its 95 % interval. Float itself: its accuracy alone.
+
+    Without labels: "98.20 % of the predictions are as in float; the outputs carry 31.2 dB"; float
+    itself: on how many samples the others are compared with it.
     """
+    if isinstance(stage, UnlabelledResult) or isinstance(float_stage, UnlabelledResult):
+        return _compared(stage, float_stage)
     accuracy = percent(stage.accuracy, stage.total)
     if stage.name == float_stage.name:
         low, high = (f"{100 * bound:.1f}" for bound in stage.interval)
@@ -74,7 +79,7 @@ def sentence(stage: StageResult, float_stage: StageResult) -> str:
     return f"{against}: {_flips(stage)}; {_judgement(stage)}"
 
 
-def headline(report: Report) -> StageResult:
+def headline(report: Report) -> Result:
     """The stage that the run is about: the integer program, or the last one measured."""
     return next((s for s in report.stages if s.name == "integer"), report.stages[-1])
 
@@ -82,11 +87,13 @@ def headline(report: Report) -> StageResult:
 def verdict(report: Report) -> str:
     """The whole run in two sentences: accuracy of the program against float, and its size."""
     first, last = report.stages[0], headline(report)
-    accuracy = percent(last.accuracy, last.total)
-    float_accuracy = percent(first.accuracy, first.total)
     what = "As integers only" if last.name == "integer" else stage_title(last.name)
     program = report.program
     sizes = f"{size(program.bytes)} instead of {size(program.float_bytes)}."
+    if isinstance(first, UnlabelledResult) or isinstance(last, UnlabelledResult):
+        return f"{what}: {_compared(last, first)}. {sizes}"
+    accuracy = percent(last.accuracy, last.total)
+    float_accuracy = percent(first.accuracy, first.total)
     if last.flips_to_right == last.flips_to_wrong == 0:
         same = "every prediction" if last.agreement == 1 else "the same images right"
         return f"{what}: {accuracy}, with {same} as in float. {sizes}"
@@ -94,6 +101,17 @@ def verdict(report: Report) -> str:
         f"{what}: {accuracy} against {float_accuracy} in float; {_flips(last)}; "
         f"{_judgement(last)}. {sizes}"
     )
+
+
+def _compared(stage: Result, float_stage: Result) -> str:
+    """A stage against float, in words, without a word on what is right."""
+    if stage.name == float_stage.name:
+        return f"the yardstick, on {count(stage.total)} samples without labels"
+    signal = f"; the outputs carry {decibel(stage.sqnr_db)}" if stage.sqnr_db is not None else ""
+    if stage.agreement == 1:
+        return f"every prediction is as in float{signal}"
+    agreement = percent(stage.agreement, stage.total)
+    return f"{agreement} of the predictions are as in float{signal}"
 
 
 def _flips(stage: StageResult) -> str:

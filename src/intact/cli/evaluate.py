@@ -1,0 +1,77 @@
+"""`intact evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+import typer
+
+from intact.cli.options import (
+    Data,
+    DataDirOption,
+    DataOption,
+    EngineChoice,
+    EngineOption,
+    JsonOption,
+    ProgramArgument,
+)
+from intact.cli.showing import progress, terminal
+from intact.errors import DataError
+
+if TYPE_CHECKING:
+    from intact.data import Dataset
+    from intact.program import Program
+
+
+def evaluate(
+    program: ProgramArgument,
+    data: DataOption = Data.digits,
+    data_dir: DataDirOption = None,
+    engine: EngineOption = EngineChoice.auto,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the accuracy of a program on the test set of a data set."""
+    with progress("loading") as tell:
+        from intact.data import batches, load_dataset
+        from intact.engines import load_engine
+        from intact.significance import percent, wilson_interval
+        from intact.storage import load
+
+        loaded = load(program)
+        dataset = load_dataset(data.value, data_dir)
+        _check_classes(loaded, dataset)
+        run = load_engine(engine.value, loaded)
+        total, correct, done = len(dataset.test_images), 0, 0
+        for x, labels in batches(dataset.test_images, dataset.test_labels, 500):
+            codes = run(loaded.quantize_input(x)).reshape(len(x), -1)
+            correct += int((codes.argmax(axis=1) == labels).sum())
+            done += len(labels)
+            tell("evaluating", done, total)
+    low, high = wilson_interval(correct, total)
+    facts = {
+        "program": loaded.sha256,
+        "data": {"name": dataset.name, "sha256": dataset.sha256},
+        "engine": engine.value,
+        "correct": correct,
+        "total": total,
+        "accuracy": correct / total,
+        "interval": [low, high],
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        terminal().print(
+            f"{percent(correct / total, total)} ({correct:,} of {total:,}), "
+            f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+        )
+
+
+def _check_classes(program: Program, dataset: Dataset) -> None:
+    outputs = math.prod(program.tensors[program.output].shape)
+    if len(dataset.classes) > outputs:
+        raise DataError(
+            f"the program tells {outputs} classes apart, but {dataset.name} has "
+            f"{len(dataset.classes)}. Evaluate it on the data that its network was trained for."
+        )

@@ -1,0 +1,174 @@
+"""`intact quantize`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from intact.cli.files import check_folder, make_folder
+from intact.cli.networks import (
+    MODEL_HELP,
+    CropOption,
+    InputShapeOption,
+    MeanOption,
+    PresetOption,
+    ResizeOption,
+    SkipCorruptOption,
+    StdOption,
+    WeightsOption,
+    WorkersOption,
+    preprocessing_of,
+    shape_of,
+)
+from intact.cli.options import JsonOption, OutFolderOption, RecipeOption, command_line
+from intact.cli.pages import show_report
+from intact.cli.showing import count, progress, terminal
+
+if TYPE_CHECKING:
+    from intact.data.samples import Samples
+
+
+def quantize(
+    model: Annotated[str, typer.Option("--model", metavar="NETWORK", help=MODEL_HELP)],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="What every stage is measured on: a folder of images, with a folder per class or "
+            "without classes; a .npy, .npz or .safetensors file; digits or cifar10.",
+        ),
+    ],
+    weights: WeightsOption = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", metavar="DIR", help="Folder of cifar10's binary version."),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", metavar="N", min=1, help="Measure on N of them; all if left out."
+        ),
+    ] = None,
+    calibration: Annotated[
+        int,
+        typer.Option(
+            "--calibration",
+            metavar="N",
+            min=1,
+            help="Choose ranges from N samples, evenly over the training part of SOURCE, or over "
+            "all of it if it has no such part; or from all if there are fewer.",
+        ),
+    ] = 1000,
+    calibration_data: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration-data", metavar="SOURCE", help="Take those samples from here instead."
+        ),
+    ] = None,
+    preset: PresetOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    input_shape: InputShapeOption = None,
+    workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
+    recipe: RecipeOption = "default",
+    out: OutFolderOption = Path("quantized"),
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a network of your own step by step, and report what every step costs.
+
+    Prints the table of stages, and leaves in the folder OUT: float.safetensors,
+    program.safetensors, predictions.npz, results.json, report.html.
+
+    Without labels, stages are compared with the float network alone. docs/quantize.md says more.
+    """
+    shape = shape_of(input_shape)
+    preprocessing = preprocessing_of(preset, resize, crop, mean, std)
+    command = command_line(
+        "quantize",
+        model=model,
+        weights=weights,
+        data=data,
+        data_dir=data_dir,
+        samples=samples,
+        calibration=calibration,
+        calibration_data=calibration_data,
+        preset=None if preset is None else preset.value,
+        resize=resize,
+        crop=crop,
+        mean=mean,
+        std=std,
+        input_shape=input_shape,
+        workers=workers or None,
+        skip_corrupt=skip_corrupt,
+        recipe=recipe,
+        out=out,
+    )
+    skipped: dict[str, None] = {}  # a set that keeps its order
+    with progress("loading") as tell:
+        from intact import loading
+        from intact.data.sources import BUILT_IN, open_samples
+        from intact.experiment import run_experiment, write_experiment
+        from intact.recipe import load_recipe
+        from intact.report import report_to_json
+
+        chosen = load_recipe(recipe)
+        check_folder(out)
+        network = loading.load_model(model, weights)
+        wanted = shape or loading.input_shape(network)
+
+        def opened(source: str, part: Literal["train", "test"], folder: Path | None) -> Samples:
+            return open_samples(
+                source,
+                preprocessing=preprocessing,
+                shape=wanted,
+                workers=workers,
+                skip_corrupt=skip_corrupt,
+                part=part,
+                data_dir=folder,
+                on_skip=skipped.setdefault,
+            )
+
+        test = opened(data, "test", data_dir)
+        source = calibration_data or data
+        training = opened(source, "train", data_dir if source in BUILT_IN else None)
+        experiment = run_experiment(
+            network,
+            training.take(calibration),
+            test.take(samples),
+            chosen,
+            title=f"{loading.title(model)} on {test.name}",
+            command=command,
+            seed=0,
+            progress=tell,
+        )
+        tell("drawing the report", 0, 1)
+        make_folder(out)
+        write_experiment(experiment, out)
+    for message in skipped:
+        terminal(stderr=True).print(f"left out: {message}", style="yellow")
+    if as_json:
+        typer.echo(report_to_json(experiment.report), nl=False)
+        return
+    show_report(experiment.report, out)
+    program = experiment.quantized.program
+    outputs = math.prod(program.tensors[program.output].shape)
+    if test.classes is not None and len(test.classes) < outputs:
+        terminal().print(
+            f"note: {test.name}: {count(len(test.classes), 'class', 'classes')}, for a network of "
+            f"{outputs:,} outputs; labels are positions in the order of the classes' names, so "
+            "accuracies mean something only if those are the network's first classes",
+            soft_wrap=False,
+        )
+    if training.name == test.name:
+        terminal().print(
+            "note: ranges were chosen from samples that the stages were measured on as well; "
+            "--calibration-data takes others",
+            soft_wrap=False,
+        )
