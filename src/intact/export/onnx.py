@@ -921,23 +921,19 @@ class _Graph:
             one = self.scalar(1, np.float32)
             bias = self.node("DequantizeLinear", [codes, one], f"{name}/dequantize_bias")
         sums = self.float_sums(layer, x, weight, bias)
-        factor, output, shape = (
-            layer.over_channels(layer.factor),
-            self.codes[name],
-            self.shape(name),
-        )
-        point = layer.geometry is not None and shape[1:] == (1, 1) and factor.ndim > 0
-        if point:
-            # Under another shape. Otherwise OpenVINO fuses the multipliers, and of a batch of one
-            # makes zeros.
+        factor, output = layer.over_channels(layer.factor), self.codes[name]
+        # A convolution that yields one position goes on under another shape. Otherwise OpenVINO
+        # fuses the multipliers of its channels, and makes zeros of a batch of one.
+        apart = layer.geometry is not None and self.shape(name)[1:] == (1, 1) and factor.ndim > 0
+        if apart:
             flat = self.constant(f"{name}/flat", [0, -1], np.int64)
             sums = self.node("Reshape", [sums, flat], f"{name}/apart")
             factor, output = layer.factor, _take(f"{name}/flat_codes", self.value_names)
         # The identity. Without it optimizers would multiply the weights by the multiplier.
         integers = self.node("Round", [sums], f"{name}/integers")
         self.requantize(integers, name, factor, output)
-        if point:
-            back = self.constant(f"{name}/shape", [0, *shape], np.int64)
+        if apart:
+            back = self.constant(f"{name}/shape", [0, *self.shape(name)], np.int64)
             self.node("Reshape", [output, back], f"{name}/back", self.codes[name])
 
     def float_sums(self, layer: _Layer, x: str, weight: str, bias: str | None) -> str:
