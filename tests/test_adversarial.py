@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 
 from intact import adversarial
 from intact.adversarial import (
+    Accumulating,
     alone,
     boundary_codes,
+    entries_of_all_codes,
     extreme_codes,
+    products_of_all_codes,
     random_codes,
     structured_codes,
     sums_of_all_codes,
@@ -31,9 +34,12 @@ from intact.ops import (
     Conv2d,
     GlobalAvgPool,
     Linear,
+    Multiply,
     Op,
     Requantize,
-    accumulates,
+    Slice,
+    Subtract,
+    Table,
 )
 from intact.program import Program, QTensor
 from strategies import Builder, grids, input_codes, programs
@@ -289,10 +295,10 @@ def test_the_expected_sums_are_those_of_a_convolution_written_out():
 
 
 def assert_the_same_alone(program: Program, codes: Any) -> int:
-    """Run every op that accumulates by itself; returns how many there are."""
+    """Run every op that can be by itself; returns how many there are."""
     seen = {}
     ReferenceEngine(program)(codes, lambda name, values: seen.__setitem__(name, values.copy()))
-    ops = [op for op in program.ops if accumulates(op)]
+    ops = [op for op in program.ops if isinstance(op, Accumulating | Table)]
     for op in ops:
         single = alone(program, op)
         assert single.ops == (op,)
@@ -331,13 +337,14 @@ def test_any_layer_alone_gives_the_codes_that_it_has_in_its_program(data):
 
 @settings(max_examples=25)
 @given(st.data())
-def test_every_sum_of_two_codes_is_asked_for_once(data):
+def test_every_sum_and_difference_of_two_codes_is_asked_for_once(data):
     grid = data.draw(grids())
     b = Builder.start((2, 3), grid)
     low = data.draw(st.integers(grid.qmin, grid.qmax))
     narrow = replace(grid, qmin=low, qmax=data.draw(st.integers(low, grid.qmax)))
     twice = b.add(Add("twice", ("x", "x")), narrow)
     b.add(Add("sum", ("x", twice)), narrow)
+    b.add(Subtract("difference", ("x", twice)), narrow)
     program = b.finish()
     zero = grid.zero_point
     pairs = [(p, q) for p in range(grid.qmin, grid.qmax + 1) for q in range(grid.qmin, p + 1)]
@@ -349,9 +356,11 @@ def test_every_sum_of_two_codes_is_asked_for_once(data):
         left, right = (seen[name].reshape(-1).tolist() for name in made.ops[-1].inputs)
         table = dict(zip(zip(left, right, strict=True), result.reshape(-1).tolist(), strict=True))
         assert len(table) == len(left) == (grid.qmax - grid.qmin + 1) ** 2
-        for p, q in pairs:
-            total = min(max((p - zero) + (q - zero) + zero, narrow.qmin), narrow.qmax)
-            assert table[p, q] == table[q, p] == total
+        sign = -1 if isinstance(op, Subtract) else 1
+        for a, b_ in pairs:
+            for p, q in ((a, b_), (b_, a)):
+                total = (p - zero) + sign * (q - zero) + zero
+                assert table[p, q] == min(max(total, narrow.qmin), narrow.qmax)
 
 
 @pytest.mark.parametrize("name", ["rows", "columns", "s" * 200])
@@ -375,6 +384,76 @@ def test_operands_with_different_code_ranges_meet_in_all_codes_of_either():
         made, codes = sums_of_all_codes(program, op)
         assert np.unique(codes).tolist() == list(range(-100, 31))
         assert ReferenceEngine(made)(codes).shape == (1, 1, 131, 131)
+
+
+PRODUCTS = [
+    ((3,), (3,)),  # one by one
+    ((1,), (1,)),
+    ((4, 5, 7), (4, 1, 1)),  # a gate for every channel
+    ((3, 2, 20), (1, 2, 20)),  # for every position
+    ((2, 30, 20), (2, 1, 20)),
+    ((2, 30, 20), (1, 1, 1)),
+]
+
+
+def product(shape, other, grids) -> Program:
+    """`x`, sliced to `other` and brought to a grid of its own, times `x`."""
+    b = Builder.start(shape, grids[0])
+    last = "x"
+    for axis, (size, n) in enumerate(zip(shape, other, strict=True)):
+        if n != size:
+            last = b.add(Slice(b.new_name("slice"), (last,), axis, 0, 1), grids[0])
+    last = b.rescaled(Requantize("other", (last,)), grids[1])
+    b.parameters["product.multiplier"] = np.array([777], np.int32)
+    b.add(Multiply("product", ("x", last)), grids[2])
+    return b.finish()
+
+
+@pytest.mark.parametrize(("shape", "other"), PRODUCTS)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_every_product_of_two_codes_is_asked_for_in_the_shapes_of_the_op(shape, other, data):
+    program = product(shape, other, [data.draw(grids()) for _ in range(3)])
+    op = program.ops[-1]
+    made, codes = products_of_all_codes(program, op)
+    seen = {}
+    keep = lambda name, v: seen.setdefault(name, []).append(v)  # noqa: E731
+    ReferenceEngine(made)(codes, keep)
+    left, right, got = (np.concatenate(seen[n]) for n in (*made.ops[-1].inputs, "product"))
+    assert (left.shape[1:], right.shape[1:]) == (shape, other)
+    for tensor, name in zip(made.ops[-1].inputs, op.inputs, strict=True):
+        assert made.tensors[tensor] == program.tensors[name]
+    left, right, got = (a.reshape(-1) for a in np.broadcast_arrays(left, right, got))
+    a, b, out = (program.tensors[name].qparams for name in (*op.inputs, op.name))
+    pairs = dict(zip(zip(left.tolist(), right.tolist(), strict=True), got.tolist(), strict=True))
+    assert len(pairs) == (a.qmax - a.qmin + 1) * (b.qmax - b.qmin + 1)
+    multiplier = program.parameters["product.multiplier"][0]
+    for (p, q), code in list(pairs.items())[:: max(1, len(pairs) // 500)]:
+        assert code == code_of((p - a.zero_point) * (q - b.zero_point), multiplier, out)
+
+
+@pytest.mark.parametrize("name", [*adversarial._NAMES, "p" * 200])
+def test_a_multiplication_of_any_name_can_be_asked_for_every_product(name):
+    b = Builder.start((2,), INT8)
+    b.parameters[f"{name}.multiplier"] = np.array([2**9], np.int32)
+    b.add(Multiply(name, ("x", "x")), INT8)
+    program = b.finish()
+    made, codes = products_of_all_codes(program, program.ops[0])
+    assert made.output == name
+    assert len(np.unique(ReferenceEngine(made)(codes))) > 200
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (4, 7, 11), (1, 40, 40)])
+@pytest.mark.parametrize("grid", [INT8, UINT8, QParams((1.0,), 2, -3, 20, 6)])
+def test_every_entry_of_a_table_is_asked_for_at_every_index_of_its_first_axis(shape, grid):
+    b = Builder.start(shape, grid)
+    b.parameters["t.table"] = np.zeros((shape[0], 2**grid.bits), np.int8)
+    b.add(Table("t", ("x",)), INT8)
+    program = b.finish()
+    codes = entries_of_all_codes(program, program.ops[0])
+    alone(program, program.ops[0]).check_codes(codes)
+    for channel in np.moveaxis(codes, 1, 0):
+        assert np.unique(channel).tolist() == list(range(grid.qmin, grid.qmax + 1))
 
 
 # -- any tensor ----------------------------------------------------------------------------------
@@ -464,7 +543,7 @@ def test_boundary_codes_are_what_they_claim(one):
 def test_boundary_codes_of_any_layer_are_what_they_claim(data):
     program = data.draw(programs(max_ops=3))
     samples, seed = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 2**32 - 1))
-    for op in filter(accumulates, program.ops):
+    for op in (op for op in program.ops if isinstance(op, Accumulating)):
         found = boundary_codes(program, op, samples, generator(seed))
         assert_true_claims(program, op, found, samples)
 
@@ -654,7 +733,7 @@ def test_extreme_codes_drive_every_channel_to_both_its_ends(one):
 @given(st.data())
 def test_extreme_codes_of_any_layer_are_codes_that_it_may_run(data):
     program, samples = data.draw(programs(max_ops=3)), data.draw(st.integers(1, 5))
-    for op in filter(accumulates, program.ops):
+    for op in (op for op in program.ops if isinstance(op, Accumulating)):
         single = alone(program, op)
         codes = extreme_codes(program, op, samples, generator())
         assert 1 <= len(codes) <= samples

@@ -17,17 +17,21 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 
 import intact
 from intact import bench as benchmark
 from intact import engines, timing
-from intact.arithmetic import dequantize
+from intact.arithmetic import QParams, dequantize
 from intact.bench import FLOAT, bench, bench_table, float_twin, seconds
 from intact.errors import EngineUnavailableError, IntactError, ProgramError
+from intact.lower import quantize_function
+from intact.ops import Table
+from intact.pointwise import Pointwise, X
 from intact.timing import Timing, interleave
-from strategies import input_codes, programs
+from strategies import Builder, input_codes, programs
 from test_cli import intact_
 
 
@@ -269,8 +273,43 @@ def test_the_float_twin_computes_what_the_program_approximates(program):
 def test_the_float_twin_has_the_relu_of_the_network(program):
     twin = float_twin(program)
     lows = {name: spec.low for name, spec in twin.tensors.items()}
-    assert [lows[op.name] for op in twin.ops] == [0, 0, -math.inf]
+    assert [lows[op.name] for op in twin.ops] == [0, -math.inf, -math.inf]  # once, as there
     assert lows[twin.input] == -math.inf
+
+
+def tabled(function: Pointwise) -> intact.Program:
+    """One table, of three channels."""
+    source, result = QParams((2.0**-5,), -18), QParams((2.0**-6,), -40)
+    builder = Builder.start((3, 10, 10), source)
+    builder.add(Table("table", ("x",)), result)
+    table = quantize_function(function, source, result, (3, 10, 10))
+    builder.parameters["table.table"] = table
+    return builder.finish()
+
+
+@pytest.mark.parametrize("function", benchmark.KNOWN)
+def test_the_float_twin_has_the_activation_whose_table_the_program_has(function):
+    x = torch.linspace(-3, 3, 300).reshape(1, 3, 10, 10)
+    assert torch.equal(float_twin(tabled(Pointwise(function, (X,))))(x), function(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Pointwise(torch.sin, (X,)),
+        Pointwise(F.prelu, (X, torch.tensor([0.5, -0.25, 1.0]))),  # it differs by channel
+    ],
+)
+def test_the_float_twin_looks_up_what_is_no_activation_of_torch(function):
+    program = tabled(function)
+    grids = [program.tensors[name].qparams for name in ("x", "table")]
+    codes = np.arange(-128, 128).astype(np.int8).reshape(-1, 1, 1, 1).repeat(3, axis=1)
+    codes = np.broadcast_to(codes, (256, 3, 10, 10))
+    real = torch.from_numpy(dequantize(codes, grids[0]))
+    expected = dequantize(program.codes(codes, "reference"), grids[1])
+    for nudge in (-0.4, 0.0, 0.4):  # of a step: the nearest entry is the same
+        got = float_twin(program)(real + nudge * grids[0].scale[0]).numpy()
+        assert np.array_equal(got, expected)
 
 
 @settings(max_examples=40)

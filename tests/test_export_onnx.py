@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import intact
+from blocks import BLOCKS, squeeze_excitation
 from intact.arithmetic import QParams, dequantize, multiplier_value
 from intact.configurations import evaluator
 from intact.engines.reference import ReferenceEngine
@@ -28,7 +29,18 @@ from intact.export.onnx import (
     saturates,
     saturation_probe,
 )
-from intact.ops import Conv2d, Linear, MaxPool2d, Requantize, accumulates
+from intact.ops import (
+    Conv2d,
+    Linear,
+    MaxPool2d,
+    Multiply,
+    Pad,
+    Requantize,
+    Slice,
+    Table,
+    Upsample,
+    accumulates,
+)
 from intact.program import Program, QTensor
 from strategies import Builder, example, input_codes, programs
 
@@ -143,6 +155,21 @@ def test_the_reference_evaluator_pools_codes_with_a_stride_of_1(signed, padding)
     assert_equal(run_evaluator(made, codes), ReferenceEngine(program)(codes))
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_of_known_networks_are_exact_in_every_flavour(block):
+    program = BLOCKS[block](0)
+    source = program.tensors[program.input]
+    codes = np.random.default_rng(0).integers(-128, 128, (3, *source.shape)).astype(np.int8)
+    expected = ReferenceEngine(program)(codes)
+    assert len(np.unique(expected)) > 10  # it is no block of constants
+    for flavour in FLAVOURS:
+        made = model(program, flavour=flavour, io="integer")
+        for level in LEVELS.__members__.values():
+            assert_equal(run(made, codes, level), expected)
+            assert_equal(run(made, codes[:1], level), expected[:1])
+        assert_equal(run_evaluator(made, codes), expected)
+
+
 def all_pairs_on_ties() -> tuple[Program, np.ndarray]:
     """Every accumulator from -12,928 to 12,827, times multipliers that make many of them ties."""
     multipliers = np.array([2**15, 2**13, 3 * 2**12, 771 * 2, 3, 7, 11, 1], np.int32)
@@ -206,6 +233,29 @@ def test_a_changed_weight_bias_or_multiplier_is_seen(flavour):
         array.flat[0] += 800 if kind == "fc.bias" else 1 if kind == "fc.weight" else 2.0**-16
         stored.CopyFrom(onnx.numpy_helper.from_array(array, kind))
         assert not np.array_equal(run(broken, codes), expected)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_changed_entry_of_a_table_is_seen_at_its_code_and_in_its_channel(flavour, per_channel):
+    rng = np.random.default_rng(3)
+    builder = Builder.start((3, 16, 16), QParams((1.0,), 6))
+    rows = 3 if per_channel else 1
+    builder.parameters["t.table"] = rng.integers(-128, 128, (rows, 256)).astype(np.int8)
+    builder.add(Table("t", ("x",)), QParams((1.0,), -128))
+    program = builder.finish()
+    codes = np.broadcast_to(np.arange(-128, 128, dtype=np.int8).reshape(16, 16), (2, 3, 16, 16))
+    codes = np.ascontiguousarray(codes)
+    made = model(program, flavour=flavour, io="integer")
+    expected = ReferenceEngine(program)(codes)
+    assert_equal(run(made, codes), expected)
+    stored = next(t for t in made.graph.initializer if t.name == "t.table")
+    entries = onnx.numpy_helper.to_array(stored).copy()
+    entries[256 * (rows - 1) + 128 - 77] ^= 1  # of code -77 in the last row
+    stored.CopyFrom(onnx.numpy_helper.from_array(entries, "t.table"))
+    wrong = run(made, codes) != expected
+    last = np.arange(3).reshape(3, 1, 1) >= rows - 1 if per_channel else True
+    assert np.array_equal(wrong, (codes == -77) & last)
 
 
 # -- how layers are written ----------------------------------------------------------------------
@@ -284,6 +334,36 @@ def test_a_multiplier_off_the_dyadic_grid_is_never_left_to_the_type_in_which_it_
         made = model(program, flavour=flavour, io="integer")
         assert_equal(run_evaluator(made, codes), expected)
         assert_equal(run(made, codes), expected)
+
+
+def test_a_product_is_multiplied_as_the_definition_says_in_every_flavour():
+    program = squeeze_excitation()
+    product = next(op.name for op in program.ops if isinstance(op, Multiply))
+    for flavour in FLAVOURS:
+        assert forms(program, flavour)[product] == "float"
+        made = {node.name: node for node in model(program, flavour=flavour).graph.node}
+        steps = [product, f"{product}/integers", f"{product}/scaled", f"{product}/rounded"]
+        assert [made[name].op_type for name in steps] == ["Mul", "Round", "Mul", "Round"]
+
+
+def test_codes_are_moved_by_the_operators_that_engines_know():
+    def written(op, shape, flavour="qdq", **parameters):
+        builder = Builder.start(shape, QParams((1.0,), 4))
+        builder.parameters.update(parameters)
+        builder.add(op, builder.grid("x"))
+        made = model(builder.finish(), flavour=flavour, io="integer")
+        kinds = [node.op_type for node in made.graph.node]
+        return [kind for kind in kinds if kind not in ("QuantizeLinear", "DequantizeLinear")]
+
+    table = {"t.table": np.zeros((1, 256), np.int8)}
+    assert written(Table("t", ("x",)), (4,), **table) == ["Cast", "Add", "Gather"]
+    found = ["Cast", "Reshape", "GatherElements", "Reshape"]  # which ONNX Runtime has a kernel for
+    assert written(Table("t", ("x",)), (4,), "qoperator", **table) == found
+    assert written(Slice("s", ("x",), 0, 1, 4, 2), (4,)) == ["Slice"]
+    assert written(Pad("p", ("x",), (1, 0), 3.0), (4,)) == ["Pad"]
+    assert written(Upsample("u", ("x",), (1, 2, 3)), (2, 3, 3)) == ["Resize"]
+    assert written(Upsample("u", ("x",), (2, 1, 3)), (2, 3, 3)) == ["Gather", "Gather"]
+    assert written(Upsample("u", ("x",), (1, 1)), (2, 3)) == ["Gather"]
 
 
 def test_operators_are_standard_and_those_of_the_flavour():

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import intact
+from blocks import BLOCKS
 from intact.arithmetic import QParams, dequantize
 from intact.engines import load_engine
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, ProgramError
 from intact.export.onnx import FLAVOURS, model, saturates
-from intact.ops import Conv2d, Linear, Permute, Requantize
+from intact.ops import Conv2d, Linear, Permute, Requantize, Table
 from strategies import Builder, example, input_codes, programs
 
 pytest.importorskip("onnx", reason="the package onnx is not installed")
@@ -180,6 +181,34 @@ def test_openvino_survives_a_permutation_before_a_grouped_convolution(axes):
         check_openvino(program, codes, flavour)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("make", ENGINES)
+def test_blocks_of_known_networks_agree_in_every_tensor(make, block):
+    program = BLOCKS[block](1)
+    source = program.tensors[program.input]
+    codes = np.random.default_rng(1).integers(-128, 128, (3, *source.shape)).astype(np.int8)
+    flavours = openvino_flavours() if make is openvino_engine else FLAVOURS
+    for flavour in flavours:
+        engine = make(program, flavour=flavour)
+        assert_same_codes(engine, program, codes)
+        assert_same_codes(engine, program, codes[:1])
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(("channels", "groups"), [(8, 1), (8, 2), (8, 8), (2, 1), (1, 1)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
+def test_openvino_agrees_on_convolutions_that_yield_one_position(samples, channels, groups, kernel):
+    """Written plainly, with a multiplier per channel, one sample alone becomes zeros."""
+    rng = np.random.default_rng(0)
+    builder = Builder.start((channels, *kernel), QParams((1.0,)))
+    weight = rng.integers(-128, 128, (8, channels // groups, *kernel)).astype(np.int8)
+    builder.weighted(Conv2d("conv", ("x",), groups=groups), weight, QParams((1.0,)))
+    program = builder.finish()
+    codes = rng.integers(-128, 128, (samples, channels, *kernel)).astype(np.int8)
+    for flavour in openvino_flavours():
+        check_openvino(program, codes, flavour)
+
+
 @pytest.mark.parametrize("make", ENGINES)
 def test_a_changed_weight_multiplier_or_bias_is_seen(make):
     rng = np.random.default_rng(2)
@@ -198,6 +227,21 @@ def test_a_changed_weight_multiplier_or_bias_is_seen(make):
         wrong = make(builder.finish())(codes)
         builder.parameters[f"fc.{kind}"] = kept
         assert (wrong != right).any(axis=0).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("make", ENGINES)
+def test_a_changed_entry_of_a_table_is_seen(make):
+    builder = Builder.start((2, 16, 16), QParams((1.0,)))
+    table = builder.rng.integers(-128, 128, (2, 256)).astype(np.int8)
+    builder.parameters["t.table"] = table
+    builder.add(Table("t", ("x",)), QParams((1.0,)))
+    codes = np.tile(np.arange(-128, 128, dtype=np.int8).reshape(16, 16), (1, 2, 1, 1))
+    right = make(builder.finish())(codes)
+    assert np.array_equal(right.reshape(2, 256), table)
+    changed = table.copy()
+    changed[1, 200] ^= 1
+    builder.parameters["t.table"] = changed
+    assert np.argwhere(make(builder.finish())(codes) != right).tolist() == [[0, 1, 12, 8]]
 
 
 # -- engines as engines --------------------------------------------------------------------------

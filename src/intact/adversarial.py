@@ -23,9 +23,15 @@ from intact.ops import (
     Conv2d,
     GlobalAvgPool,
     Linear,
+    Multiply,
+    Op,
     Permute,
     Requantize,
+    Reshape,
     Shape,
+    Slice,
+    Subtract,
+    Table,
 )
 from intact.program import Program, QTensor
 
@@ -34,14 +40,17 @@ __all__ = [
     "Boundaries",
     "alone",
     "boundary_codes",
+    "entries_of_all_codes",
     "extreme_codes",
+    "products_of_all_codes",
     "random_codes",
     "structured_codes",
     "sums_of_all_codes",
 ]
 
 Accumulating: TypeAlias = Conv2d | Linear | AvgPool2d | GlobalAvgPool | Requantize
-"""The ops that `ops.accumulates` is true for."""
+"""The ops that `ops.accumulates` is true for, but for `Multiply`: of that all pairs of codes are
+tried, which no search improves on."""
 
 MOST_THRESHOLDS = 2**19
 """Of a layer, all its channels together; in a layer with more some are drawn."""
@@ -63,10 +72,10 @@ Int64: TypeAlias = npt.NDArray[np.int64]
 # -- programs of one layer -----------------------------------------------------------------------
 
 
-def alone(program: Program, op: Accumulating) -> Program:
+def alone(program: Program, op: Accumulating | Table) -> Program:
     """The program that consists of this op alone, with its parameters, names and grids."""
     source = op.inputs[0]
-    kinds = ("weight", "bias", "weight_scale", "multiplier")
+    kinds = ("weight", "bias", "weight_scale", "multiplier", "table")
     names = (f"{op.name}.{kind}" for kind in kinds)
     return Program(
         source,
@@ -77,10 +86,11 @@ def alone(program: Program, op: Accumulating) -> Program:
     )
 
 
-def sums_of_all_codes(program: Program, op: Add) -> tuple[Program, Codes]:
-    """A program that adds as this op does, and the one sample that asks it for every sum.
+def sums_of_all_codes(program: Program, op: Add | Subtract) -> tuple[Program, Codes]:
+    """A program that adds or subtracts as this op does, and the one sample that asks it for every
+    sum or difference.
 
-    Row i of the sample holds code i. Added to its transpose, every pair of codes meets once.
+    Row i of the sample holds code i. With its transpose, every pair of codes meets once.
     """
     grids = [program.tensors[name].qparams for name in op.inputs]
     grid = replace(grids[0], qmin=min(g.qmin for g in grids), qmax=max(g.qmax for g in grids))
@@ -99,6 +109,67 @@ def sums_of_all_codes(program: Program, op: Add) -> tuple[Program, Codes]:
         {},
     )
     return made, np.broadcast_to(rows[:, None], (1, *shape)).copy()
+
+
+def products_of_all_codes(program: Program, op: Multiply) -> tuple[Program, Codes]:
+    """A program that multiplies as this op does, and samples that ask it for every product.
+
+    The operands have their own shapes, so that what repeats the second one is what runs. Their
+    grids differ, and a program has one input: that holds numbers of codes, those of the first
+    operand before those of the second, and tables make codes of them.
+    """
+    operands = [program.tensors[name] for name in op.inputs]
+    sizes = [math.prod(operand.shape) for operand in operands]
+    counts = [operand.qparams.qmax - operand.qparams.qmin + 1 for operand in operands]
+    names = iter(name for name in _NAMES if name != op.name)
+    source = next(names)
+    number = QParams((1.0,), 0, 0, CODES - 1, signed=False)
+    tensors = {source: QTensor((sum(sizes),), number), op.name: program.tensors[op.name]}
+    ops: list[Op] = []
+    parameters = {f"{op.name}.multiplier": program.parameters[f"{op.name}.multiplier"]}
+    for operand, begin, end, count in zip(
+        operands, (0, sizes[0]), (sizes[0], sum(sizes)), counts, strict=True
+    ):
+        part, code, shaped = next(names), next(names), next(names)
+        ops += [
+            Slice(part, (source,), 0, begin, end),
+            Table(code, (part,)),
+            Reshape(shaped, (code,), operand.shape),
+        ]
+        tensors[part] = QTensor((end - begin,), number)
+        tensors[code] = QTensor((end - begin,), operand.qparams)
+        tensors[shaped] = operand
+        entries = operand.qparams.qmin + np.minimum(np.arange(CODES), count - 1)
+        parameters[f"{code}.table"] = entries[None].astype(operand.qparams.dtype)
+    ops.append(replace(op, inputs=(ops[2].name, ops[5].name)))
+    made = Program(source, op.name, tuple(ops), tensors, parameters)
+    # Each element of the second operand meets `repeats` of the first: a block of so many codes.
+    repeats = sizes[0] // sizes[1]
+    blocks = -(-counts[0] // repeats)  # until the second code has met all first ones
+    block = np.arange(-(-counts[1] * blocks // sizes[1]) * sizes[1]) % (counts[1] * blocks)
+    first = (block % blocks * repeats)[:, None] + np.arange(repeats)
+    place = np.arange(sizes[1]).reshape(operands[1].shape)
+    meets = np.argsort(np.broadcast_to(place, operands[0].shape).reshape(-1), kind="stable")
+    samples = np.empty((len(block) // sizes[1], sum(sizes)), np.uint8)
+    samples[:, meets] = (first % counts[0]).reshape(len(samples), -1)
+    samples[:, sizes[0] :] = (block // blocks).reshape(len(samples), -1)
+    return made, samples
+
+
+_NAMES = ("codes", "first", "second", "third", "fourth", "fifth", "sixth", "seventh")
+"""Of the tensors of `products_of_all_codes`, and one to spare."""
+
+
+def entries_of_all_codes(program: Program, op: Table) -> Codes:
+    """Samples of a table's input that hold every code of its range at every index of axis 0."""
+    source = program.tensors[op.inputs[0]]
+    count = source.qparams.qmax - source.qparams.qmin + 1
+    row = math.prod(source.shape[1:])
+    samples = -(-count // row)
+    codes = source.qparams.qmin + np.arange(samples * row) % count
+    rows = codes.reshape(samples, 1, *source.shape[1:])
+    shaped = np.broadcast_to(rows, (samples, *source.shape))
+    return shaped.astype(source.qparams.dtype)
 
 
 # -- any tensor ----------------------------------------------------------------------------------

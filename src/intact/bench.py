@@ -10,19 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from intact import machine
 from intact.adversarial import random_codes
 from intact.arithmetic import QParams, accumulator_scale, code_range, dequantize
 from intact.engines import ENGINES, Engine, load_engine
 from intact.errors import EngineUnavailableError, IntactError
+from intact.lower import quantize_function
 from intact.network import Network, TensorSpec
-from intact.ops import weighted
+from intact.ops import Clamp, Concat, Op, Table, moves_codes, weighted
+from intact.pointwise import Pointwise, X
 from intact.program import Program, QTensor
 from intact.timing import Timing, interleave
 
@@ -36,6 +40,24 @@ LONGEST_CALL = 10.0
 
 How long is told by the next smaller batch, or by one call with a single sample.
 """
+
+KNOWN: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    F.hardswish,
+    F.hardsigmoid,
+    F.silu,
+    F.sigmoid,
+    F.gelu,
+    partial(F.gelu, approximate="tanh"),
+    F.tanh,
+    F.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.elu,
+    F.selu,
+    F.mish,
+    F.softplus,
+)
+"""Functions that a program's table may be of, for which torch has one fast operation."""
 
 Batch = npt.NDArray[Any]
 
@@ -177,7 +199,9 @@ def float_twin(program: Program) -> Network:
     """The float network of a program: its ops and shapes, weights and biases as real values.
 
     Its speed is that of the network that the program was made from, which is not in the file. The
-    end of a code range that was narrowed, as a fused ReLU does, becomes a clamp.
+    end of a code range that was narrowed, as a fused ReLU does, becomes a clamp. A table that is,
+    entry by entry, that of one of torch's activations becomes this activation. Any other becomes a
+    look-up in real values, which may take more or less time than the function did.
     """
     parameters: dict[str, torch.Tensor] = {}
     for op in program.ops:
@@ -191,8 +215,42 @@ def float_twin(program: Program) -> Network:
         if bias is not None:
             unit = accumulator_scale(program.tensors[op.inputs[0]].qparams.scale[0], scale)
             parameters[f"{op.name}.bias"] = torch.from_numpy((bias * unit).astype(np.float32))
-    tensors = {name: _float_spec(tensor) for name, tensor in program.tensors.items()}
-    return Network(program.input, program.output, program.ops, tensors, parameters)
+    tensors = {program.input: TensorSpec(program.tensors[program.input].shape)}
+    for op in program.ops:
+        tensor = program.tensors[op.name]
+        tensors[op.name] = _float_spec(tensor) if _clamps(op) else TensorSpec(tensor.shape)
+    functions = {op.name: _function(program, op) for op in program.ops if isinstance(op, Table)}
+    return Network(
+        program.input, program.output, program.ops, tensors, parameters, functions=functions
+    )
+
+
+def _clamps(op: Op) -> bool:
+    """Whether an op may have a clamp of its own: the others have the range of what they read."""
+    return isinstance(op, Clamp) or not (moves_codes(op) or isinstance(op, Concat | Table))
+
+
+def _function(program: Program, op: Table) -> Pointwise:
+    source, result = program.tensors[op.inputs[0]], program.tensors[op.name]
+    table = program.parameters[f"{op.name}.table"]
+    for known in KNOWN:
+        function = Pointwise(known, (X,))
+        made = quantize_function(function, source.qparams, result.qparams, result.shape)
+        if np.array_equal(made, table):
+            return function
+    grid = source.qparams
+    lowest = code_range(grid.bits, grid.signed)[0] - grid.zero_point
+    entries = torch.from_numpy(dequantize(table, result.qparams))
+    look_up = partial(_look_up, entries=entries, scale=grid.scale[0], lowest=lowest)
+    return Pointwise(look_up, (X,))
+
+
+def _look_up(x: torch.Tensor, entries: torch.Tensor, scale: float, lowest: int) -> torch.Tensor:
+    """`[N, C, ...]` to the nearest entries `[1 or C, n]`; the first stands at `lowest * scale`."""
+    index = (x / scale).round_().sub_(lowest).clamp_(0, entries.shape[1] - 1).to(torch.int64)
+    if len(entries) == 1:
+        return entries[0][index]
+    return entries[torch.arange(len(entries)).reshape(-1, *[1] * (x.ndim - 2)), index]
 
 
 def _float_spec(tensor: QTensor) -> TensorSpec:

@@ -39,7 +39,9 @@ KINDS = {
     "structured": "extremes, alternations, ramps, single channels at an end of the range",
     "boundaries": "per layer: accumulators on both sides of boundaries between codes",
     "extremes": "per layer: accumulators at both ends of their range",
-    "sums": "per addition: every pair of codes",
+    "sums": "per addition and subtraction: every pair of codes",
+    "products": "per multiplication: every pair of codes",
+    "entries": "per table: every code at every index of the channels",
 }
 """The kinds of input, in the order in which they are run."""
 

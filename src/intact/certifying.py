@@ -19,9 +19,12 @@ import numpy.typing as npt
 
 from intact import machine
 from intact.adversarial import (
+    Accumulating,
     alone,
     boundary_codes,
+    entries_of_all_codes,
     extreme_codes,
+    products_of_all_codes,
     random_codes,
     structured_codes,
     sums_of_all_codes,
@@ -50,7 +53,7 @@ from intact.data import load_dataset, spread, to_input
 from intact.engines import Engine
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, IntactError, ProgramError
-from intact.ops import Add, Linear, Op, accumulates
+from intact.ops import Add, Linear, Multiply, Op, Subtract, Table
 from intact.program import Program
 
 __all__ = ["SAMPLES", "certify", "default_inputs"]
@@ -237,19 +240,25 @@ def _subjects(
     ]
     for i, op in enumerate(program.ops):
         tell(f"making inputs of {op.name}", i, len(program.ops))
-        if accumulates(op):
+        if isinstance(op, Multiply):
+            made, pairs = products_of_all_codes(program, op)
+            subjects.append(_Subject(made, {"products": pairs}, op))
+        elif isinstance(op, Add | Subtract):
+            made, pairs = sums_of_all_codes(program, op)
+            subjects.append(_Subject(made, {"sums": pairs}, op))
+        elif isinstance(op, Table):
+            entries = {"entries": entries_of_all_codes(program, op)}
+            subjects.append(_Subject(alone(program, op), entries, op))
+        elif isinstance(op, Accumulating):
             most = max(1, min(LAYER_SAMPLES, LAYER_WORK // max(1, program.macs(op))))
-            found = boundary_codes(program, op, most, rng)  # type: ignore[arg-type]
+            found = boundary_codes(program, op, most, rng)
             counts = (found.wanted, found.hit, found.ties, found.out_of_reach)
             codes = {
                 "boundaries": found.codes,
-                "extremes": extreme_codes(program, op, most, rng),  # type: ignore[arg-type]
+                "extremes": extreme_codes(program, op, most, rng),
             }
             boundary = Boundary(op.name, len(found.codes), *counts)
-            subjects.append(_Subject(alone(program, op), codes, op, boundary))  # type: ignore[arg-type]
-        elif isinstance(op, Add):
-            made, codes_ = sums_of_all_codes(program, op)
-            subjects.append(_Subject(made, {"sums": codes_}, op))
+            subjects.append(_Subject(alone(program, op), codes, op, boundary))
     return subjects
 
 

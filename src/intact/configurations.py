@@ -256,8 +256,10 @@ def evaluator(made: ModelProto) -> Any:
 
     It has two ways to pool, and takes one where all strides and dilations are 1 that pads with NaN,
     which no integer type has, and on the wrong sides (onnx 1.23). So it takes the other one always.
+    Its GatherElements fails on more than 64 elements along the axis: NumPy has that operator.
     """
     from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
     from onnx.reference.ops import op_max_pool
 
     standard: Any = op_max_pool.MaxPool  # it has no types
@@ -266,7 +268,11 @@ def evaluator(made: ModelProto) -> Any:
         def _run(self, x: Codes, **attributes: Any) -> Any:
             return self._max_pool(x, **attributes)
 
-    return ReferenceEvaluator(made, new_ops=[MaxPool])
+    class GatherElements(OpRun):
+        def _run(self, data: Codes, indices: Codes, axis: int = 0) -> Any:
+            return (np.take_along_axis(data, indices, axis),)
+
+    return ReferenceEvaluator(made, new_ops=[MaxPool, GatherElements])
 
 
 class _Evaluator:

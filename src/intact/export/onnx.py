@@ -19,7 +19,7 @@ import numpy.typing as npt
 from typing_extensions import assert_never
 
 from intact import __version__
-from intact.arithmetic import QParams, code_range, is_power_of_two, multiplier_value
+from intact.arithmetic import QParams, code_range, is_power_of_two, multiplier_value, quantize
 from intact.errors import ExportError
 from intact.ops import (
     Add,
@@ -30,13 +30,19 @@ from intact.ops import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Multiply,
     Op,
+    Pad,
     Padding,
     Pair,
     Permute,
     Requantize,
     Reshape,
     Shape,
+    Slice,
+    Subtract,
+    Table,
+    Upsample,
     accumulates,
 )
 from intact.program import Array, Program
@@ -237,8 +243,8 @@ def _check(option: str, given: str, choices: Sequence[str]) -> None:
 
 
 def _form(program: Program, op: Op, flavour: Flavour) -> Form:
-    if isinstance(op, Requantize):
-        return "float"  # a code times a number: the definition itself
+    if isinstance(op, Requantize | Multiply):
+        return "float"  # a code, or a product of two, times a number: the definition itself
     match flavour:
         case "qdq":
             if _fuses_exactly(program, op):
@@ -282,15 +288,28 @@ def _fuses_exactly(program: Program, op: Op) -> bool:
 def unsigned(program: Program) -> Program:
     """The same program with uint8 codes: signed codes, and their zero points, are raised.
 
-    By `2**(bits - 1)`, which is even: the codes stand for the same real values, and nothing else
-    changes. ONNX Runtime has no ConvInteger of int8 inputs, and its QLinearConv of them is slow.
+    By `2**(bits - 1)`, which is even: the codes stand for the same real values. Of the parameters
+    only tables hold codes; their entries are raised too, and keep their order. ONNX Runtime has no
+    ConvInteger of int8 inputs, and its QLinearConv of them is slow.
     """
     raised = {name: replace(t, qparams=_raised(t.qparams)) for name, t in program.tensors.items()}
-    return replace(program, tensors=raised)
+    tables = {
+        f"{op.name}.table": (
+            program.parameters[f"{op.name}.table"].astype(np.int16)
+            + _raised_by(program.tensors[op.name].qparams)
+        ).astype(np.uint8)
+        for op in program.ops
+        if isinstance(op, Table)
+    }
+    return replace(program, tensors=raised, parameters={**program.parameters, **tables})
+
+
+def _raised_by(grid: QParams) -> int:
+    return -code_range(grid.bits, grid.signed)[0]
 
 
 def _raised(grid: QParams) -> QParams:
-    by = -code_range(grid.bits, grid.signed)[0]
+    by = _raised_by(grid)
     return replace(
         grid,
         zero_point=grid.zero_point + by,
@@ -482,12 +501,12 @@ class _Graph:
         ends = (grid.qmin - grid.zero_point, grid.qmax - grid.zero_point)
         return self.node("Clip", [centred, *(self.scalar(e, np.float32) for e in ends)], name)
 
-    def requantize(self, sums: str, name: str, factor: Array) -> None:
+    def requantize(self, sums: str, name: str, factor: Array, output: str) -> None:
         """Float32 accumulators to codes, step by step.  arithmetic.md, section 3."""
         grid = self.inner.tensors[name].qparams
         multiplier = self.constant(f"{name}/multiplier", factor, np.float32)
         scaled = self.node("Mul", [sums, multiplier], f"{name}/scaled")
-        self.round_to_codes(scaled, grid, name, self.codes[name])
+        self.round_to_codes(scaled, grid, name, output)
 
     def round_to_codes(self, centred: str, grid: QParams, name: str, output: str) -> None:
         """`clamp(rint(.) + zero_point)` with a step for each.
@@ -682,16 +701,26 @@ class _Graph:
             case Requantize():
                 stored = self.program.parameters[f"{name}.multiplier"]
                 x = self.dequantize(inputs[0], grids[0], f"{name}/dequantize")
-                self.requantize(x, name, multiplier_value(stored, grid.bits).reshape(()))
-            case Add():
-                terms = [
-                    self.dequantize(codes, given, f"{name}/dequantize_{i}")
-                    for i, (codes, given) in enumerate(zip(inputs, grids, strict=True))
-                ]
-                total = self.node("Add", terms, name, _take(f"{name}/sum", self.value_names))
+                factor = multiplier_value(stored, grid.bits).reshape(())
+                self.requantize(x, name, factor, output)
+            case Add() | Subtract():
+                kind, result = ("Add", "sum") if isinstance(op, Add) else ("Sub", "difference")
+                terms = self.centred(name, inputs, grids)
+                total = self.node(kind, terms, name, _take(f"{name}/{result}", self.value_names))
                 if _narrow(grid):
                     total = self.clamp(total, grid, f"{name}/clamped")
                 self.quantize(total, grid, f"{name}/quantize", output)
+            case Multiply():
+                factors = self.centred(name, inputs, grids)
+                product = _take(f"{name}/product", self.value_names)
+                self.node("Mul", factors, name, product)  # at most 255 * 255: exact
+                # The identity. Without it optimizers would multiply a factor by the multiplier.
+                integers = self.node("Round", [product], f"{name}/integers")
+                stored = self.program.parameters[f"{name}.multiplier"]
+                factor = multiplier_value(stored, grid.bits).reshape(())
+                self.requantize(integers, name, factor, output)
+            case Table():
+                self.table(op, inputs[0], grids[0])
             case Clamp():
                 ends = [self.scalar(grid.qmin, grid.dtype), self.scalar(grid.qmax, grid.dtype)]
                 self.node("Clip", [*inputs, *ends], name, output)
@@ -705,6 +734,20 @@ class _Graph:
                 # 0 keeps the batch, whatever it is.
                 shape = self.constant(f"{name}/shape", [0, *op.shape], np.int64)
                 self.node("Reshape", [*inputs, shape], name, output)
+            case Slice():
+                bounds = {"start": op.start, "stop": op.stop, "axis": op.axis + 1, "step": op.step}
+                chosen = [
+                    self.constant(f"{name}/{key}", [value], np.int64)
+                    for key, value in bounds.items()
+                ]
+                self.node("Slice", [*inputs, *chosen], name, output)
+            case Pad():
+                code = self.scalar(int(quantize(op.value, grid)), grid.dtype)
+                widths = [0, *op.padding[::2], 0, *op.padding[1::2]]
+                pads = self.constant(f"{name}/pads", widths, np.int64)
+                self.node("Pad", [*inputs, pads, code], name, output)
+            case Upsample():
+                self.upsample(op, inputs[0])
             case Permute():
                 # Under another shape. Otherwise OpenVINO moves it behind the subtraction of the
                 # zero point, and crashes where a grouped convolution follows.
@@ -719,6 +762,64 @@ class _Graph:
                 self.node("Reshape", [turned, after], f"{name}/back", output)
             case _:
                 assert_never(op)
+
+    def centred(
+        self, name: str, inputs: Sequence[str], grids: Sequence[QParams]
+    ) -> tuple[str, ...]:
+        """Both operands of the op as float32 `q - zero_point`."""
+        return tuple(
+            self.dequantize(codes, grid, f"{name}/dequantize_{i}")
+            for i, (codes, grid) in enumerate(zip(inputs, grids, strict=True))
+        )
+
+    def table(self, op: Table, codes: str, source: QParams) -> None:
+        """Entries of the flattened table, by the code and, if channels differ, the channel."""
+        name, output = op.name, self.codes[op.name]
+        rows = self.inner.parameters[f"{name}.table"]
+        entries = self.constant(f"{name}.table", rows.reshape(-1), rows.dtype)
+        first = np.arange(len(rows)) * rows.shape[1] - code_range(source.bits, source.signed)[0]
+        index = self.node("Cast", [codes], f"{name}/code", to=_element_type(np.int32))
+        if first.any():
+            over_rows = first.reshape(-1, *[1] * (len(self.shape(name)) - 1))
+            begin = self.constant(f"{name}/first", over_rows, np.int32)
+            index = self.node("Add", [index, begin], f"{name}/entry")
+        if self.flavour != "qoperator":
+            self.node("Gather", [entries, index], name, output)
+            return
+        # ONNX Runtime's Gather takes 8 ns for an element, its GatherElements 1 ns.
+        flat, shape = (
+            self.constant(f"{name}/{key}", value, np.int64)
+            for key, value in (("flat", [-1]), ("shape", [-1, *self.shape(name)]))
+        )
+        index = self.node("Reshape", [index, flat], f"{name}/entries")
+        found = _take(f"{name}/found", self.value_names)
+        self.node("GatherElements", [entries, index], name, found, axis=0)
+        self.node("Reshape", [found, shape], f"{name}/back", output)
+
+    def upsample(self, op: Upsample, codes: str) -> None:
+        """Enlarge images with Resize; where other axes grow, take each index several times."""
+        name, output, shape = op.name, self.codes[op.name], self.shape(op.inputs[0])
+        if len(shape) == 3 and op.factors[0] == 1:
+            scales = self.constant(f"{name}/scales", [1, *op.factors], np.float32)
+            # floor(index / scale): exact, as scales are integers.
+            how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            self.node("Resize", [codes, "", scales], name, output, mode="nearest", **how)
+            return
+        # OpenVINO's Resize crashes on some tensors that are no images.
+        growing = [axis for axis, factor in enumerate(op.factors) if factor > 1]
+        for axis in growing[:-1]:
+            codes = self.repeated(op, codes, axis, f"{name}/along_{axis}")
+        last = growing[-1] if growing else 0
+        self.repeated(op, codes, last, name, output)
+
+    def repeated(
+        self, op: Upsample, codes: str, axis: int, name: str, output: str | None = None
+    ) -> str:
+        """Every element along an axis of the sample as often as the op says."""
+        size, factor = self.shape(op.inputs[0])[axis], op.factors[axis]
+        index = np.arange(size).repeat(factor)
+        indices = self.constant(f"{op.name}/indices_{axis}", index, np.int64)
+        return self.node("Gather", [codes, indices], name, output, axis=axis + 1)
 
     def shape(self, tensor: str) -> Shape:
         """Of a sample."""
@@ -820,9 +921,20 @@ class _Graph:
             one = self.scalar(1, np.float32)
             bias = self.node("DequantizeLinear", [codes, one], f"{name}/dequantize_bias")
         sums = self.float_sums(layer, x, weight, bias)
+        factor, output = layer.over_channels(layer.factor), self.codes[name]
+        # A convolution that yields one position goes on under another shape. Otherwise OpenVINO
+        # fuses the multipliers of its channels, and makes zeros of a batch of one.
+        apart = layer.geometry is not None and self.shape(name)[1:] == (1, 1) and factor.ndim > 0
+        if apart:
+            flat = self.constant(f"{name}/flat", [0, -1], np.int64)
+            sums = self.node("Reshape", [sums, flat], f"{name}/apart")
+            factor, output = layer.factor, _take(f"{name}/flat_codes", self.value_names)
         # The identity. Without it optimizers would multiply the weights by the multiplier.
         integers = self.node("Round", [sums], f"{name}/integers")
-        self.requantize(integers, name, layer.over_channels(layer.factor))
+        self.requantize(integers, name, factor, output)
+        if apart:
+            back = self.constant(f"{name}/shape", [0, *self.shape(name)], np.int64)
+            self.node("Reshape", [output, back], f"{name}/back", self.codes[name])
 
     def float_sums(self, layer: _Layer, x: str, weight: str, bias: str | None) -> str:
         sums = _take(f"{layer.name}/sums", self.value_names)
@@ -873,7 +985,7 @@ class _Graph:
             bias = self.constant(f"{name}.bias", layer.over_channels(layer.bias), np.int32)
             total = self.node("Add", [total, bias], f"{name}/accumulators")
         real = self.node("Cast", [total], f"{name}/float", to=_element_type(np.float32))
-        self.requantize(real, name, layer.over_channels(layer.factor))
+        self.requantize(real, name, layer.over_channels(layer.factor), self.codes[name])
 
     def part(self, layer: _Layer, part: slice, name: str) -> str:
         """int32 sums over a range of the flattened weights."""
