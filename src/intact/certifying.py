@@ -163,7 +163,8 @@ def default_inputs(program: Program) -> tuple[Codes, str]:
     spec = program.tensors[program.input]
     if spec.shape == (3, 32, 32):
         images = load_dataset("digits").test_images
-        return to_input(images), "scikit-learn's digits, test images"
+        inputs = images if program.takes_pixels else to_input(images)
+        return inputs, "scikit-learn's digits, test images"
     grid = spec.qparams
     ends = dequantize(np.array([grid.qmin, grid.qmax]), grid)
     rng = np.random.default_rng(0)

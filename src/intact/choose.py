@@ -36,14 +36,12 @@ from intact.ops import (
     pool_size,
     weighted,
 )
+from intact.program import PIXELS
 from intact.ranges import affine_grid, choose_range
 from intact.recipe import ActivationRecipe, InputRecipe, Recipe
 from intact.sketch import Sketch
 
 __all__ = ["align", "choose_qparams", "grid_for_range"]
-
-PIXELS = QParams((1.0,), 0, 0, 255, signed=False)
-"""The grid of an input of 8-bit pixels: each is its own code."""
 
 
 def align(network: Network) -> Network:

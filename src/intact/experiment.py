@@ -36,12 +36,13 @@ from intact.capturing import capture
 from intact.data import Dataset
 from intact.data.folder import Part
 from intact.data.images import image_samples
-from intact.data.preprocessing import PRESETS
+from intact.data.preprocessing import PRESETS, Preprocessing
 from intact.data.samples import Batch, Samples
 from intact.diagnosis import diagnose
 from intact.errors import DataError
 from intact.network import Network
 from intact.pipeline import Quantized, quantize_network
+from intact.pixels import take_pixels
 from intact.recipe import Recipe
 from intact.report import ProgramFacts, Report, render, report_to_json
 from intact.staged import Stages, measure
@@ -81,6 +82,7 @@ def run_experiment(
     command: str,
     seed: int,
     data: Mapping[str, Any] | None = None,
+    pixels: Preprocessing | None = None,
     progress: Progress | None = None,
 ) -> Experiment:
     """Capture, calibrate, lower, measure every stage, analyse every layer, diagnose.
@@ -92,10 +94,14 @@ def run_experiment(
     data            what the report says of the data; None: the names of calibration and test data,
                     how many samples there were, and the SHA-256 of all inputs, float32, and of the
                     labels, int64, little-endian
+    pixels          how the network wants pixels normalised, where the samples are pixels as they
+                    are and the program shall take them so
     """
     tell = progress or (lambda *_: None)
     tell("capturing", 0, 1)
     network = capture(model, torch.zeros(1, *calibration.shape))
+    if pixels is not None:
+        network = take_pixels(network, pixels.mean, pixels.std)
     _check_test_data(network, test)
     size = batch_size(network)
     known = calibration.count or 0
@@ -108,7 +114,7 @@ def run_experiment(
         if done == known:
             tell("lowering", 0, 1)
 
-    calibrating, testing = _Hashed(), _Hashed()
+    calibrating, testing = (_Hashed(pixels=pixels is not None) for _ in range(2))
     quantized = quantize_network(
         network,
         _inputs(calibrating.pass_on(calibration.batches(size))),
@@ -240,13 +246,22 @@ def _check_test_data(network: Network, test: Samples) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Hashed:
-    """SHA-256 of all inputs and of all labels that have come by: two runs saw the same data."""
+    """SHA-256 of all inputs and of all labels that have come by: two runs saw the same data.
 
+    pixels  whether inputs that are no pixels are a `DataError`
+    """
+
+    pixels: bool = False
     inputs: hashlib._Hash = field(default_factory=hashlib.sha256)
     labels: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def pass_on(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for x, labels in batches:
+            if self.pixels and not ((x >= 0) & (x <= 255) & (x == np.rint(x))).all():
+                raise DataError(
+                    "the samples are no pixels, whole numbers from 0 to 255, so the program cannot "
+                    "take them as such. Give images, or an array of uint8."
+                )
             self.inputs.update(np.ascontiguousarray(x, dtype="<f4").data)
             if labels is not None:
                 self.labels.update(np.ascontiguousarray(labels, dtype="<i8").data)

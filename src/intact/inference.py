@@ -125,7 +125,7 @@ def read_inputs(
     """The samples of a folder of images, of one image, or of a file of arrays.
 
     mean, std  how pixels are normalised, as the network was trained; see `data.to_input`. Arrays
-               are taken as they are
+               are taken as they are, and so are the pixels of images for a program that takes them
     most       take at most so many of the samples, spread over all; None: all of them
 
     Images are resized to the program's input, which must then be `[3, H, W]`, or `[1, H, W]` for
@@ -136,8 +136,8 @@ def read_inputs(
         array, _ = read_arrays(source)
         _check_array(program, array, source)
         chosen = spread(array.shape[0], most)
-        slices = [chosen[i : i + SLICE] for i in range(0, len(chosen), SLICE)]
-        return Inputs(tuple(map(str, chosen)), lambda: (array[part] for part in slices))
+        parts = [chosen[i : i + SLICE] for i in range(0, len(chosen), SLICE)]
+        return Inputs(tuple(map(str, chosen)), lambda: (array[part] for part in parts))
     preprocessing = Preprocessing(mean=tuple(mean), std=tuple(std))
     shape = preprocessing.shape(program.tensors[program.input].shape)
     if not source.exists():
@@ -148,13 +148,13 @@ def read_inputs(
     root, files = (source, find_images(source)) if source.is_dir() else (source.parent, [source])
     files = [files[i] for i in spread(len(files), most)]
     names = tuple(path.relative_to(root).as_posix() for path in files)
-    return Inputs(
-        names,
-        lambda: (
-            preprocessing.floats(read_images(files[i : i + SLICE], preprocessing, shape))
-            for i in range(0, len(files), SLICE)
-        ),
-    )
+
+    def slices() -> Iterator[Array]:
+        for i in range(0, len(files), SLICE):
+            pixels = read_images(files[i : i + SLICE], preprocessing, shape)
+            yield pixels if program.takes_pixels else preprocessing.floats(pixels)
+
+    return Inputs(names, slices)
 
 
 def _check_array(program: Program, array: Rows, path: Path) -> None:

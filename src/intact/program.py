@@ -49,7 +49,7 @@ from intact.ops import (
 if TYPE_CHECKING:
     from intact.engines import Engine
 
-__all__ = ["Program", "QTensor"]
+__all__ = ["PIXELS", "Program", "QTensor"]
 
 MAX_OPS = 10_000
 MAX_ELEMENTS = 2**28
@@ -71,6 +71,9 @@ LARGEST_SCALE = 2.0**119
 """`scale * (q - zero_point)` stays finite in float32: `2**119 * 255 < 2**127`."""
 
 Array = npt.NDArray[Any]
+
+PIXELS = QParams((1.0,), 0, 0, 255, signed=False)
+"""The grid of an input of 8-bit pixels: each is its own code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +256,11 @@ class Program:
         """Bytes of an op's weights, biases, multipliers and table, as stored: a byte per code."""
         names = (f"{op.name}.{kind}" for kind in ("weight", "bias", "multiplier", "table"))
         return sum(self.parameters[n].nbytes for n in names if n in self.parameters)
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the input's real values are 0 to 255 and its codes the same: 8-bit pixels."""
+        return self.tensors[self.input].qparams == PIXELS
 
     @property
     def parameter_bytes(self) -> int:

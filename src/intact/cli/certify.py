@@ -148,7 +148,9 @@ def _real_inputs(
     from intact.data import load_dataset, to_input
 
     dataset = load_dataset(data.value, data_dir)
-    return to_input(dataset.test_images), f"{dataset.name}, test images"
+    images = dataset.test_images
+    inputs = images if program.takes_pixels else to_input(images)
+    return inputs, f"{dataset.name}, test images"
 
 
 def _by_reason(missing: Mapping[str, str]) -> dict[str, list[str]]:

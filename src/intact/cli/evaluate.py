@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from intact.program import Program
 
 
+BATCH = 500
+
+
 def evaluate(
     program: ProgramArgument,
     data: DataOption = Data.digits,
@@ -34,7 +37,7 @@ def evaluate(
 ) -> None:
     """Measure the accuracy of a program on the test set of a data set."""
     with progress("loading") as tell:
-        from intact.data import batches, load_dataset
+        from intact.data import load_dataset, to_input
         from intact.engines import load_engine
         from intact.significance import percent, wilson_interval
         from intact.storage import load
@@ -43,12 +46,14 @@ def evaluate(
         dataset = load_dataset(data.value, data_dir)
         _check_classes(loaded, dataset)
         run = load_engine(engine.value, loaded)
-        total, correct, done = len(dataset.test_images), 0, 0
-        for x, labels in batches(dataset.test_images, dataset.test_labels, 500):
-            codes = run(loaded.quantize_input(x)).reshape(len(x), -1)
+        total, correct = len(dataset.test_images), 0
+        for start in range(0, total, BATCH):
+            part = slice(start, start + BATCH)
+            pixels, labels = dataset.test_images[part], dataset.test_labels[part]
+            given = pixels if loaded.takes_pixels else loaded.quantize_input(to_input(pixels))
+            codes = run(given).reshape(len(pixels), -1)
             correct += int((codes.argmax(axis=1) == labels).sum())
-            done += len(labels)
-            tell("evaluating", done, total)
+            tell("evaluating", start + len(labels), total)
     low, high = wilson_interval(correct, total)
     facts = {
         "program": loaded.sha256,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from intact.data.preprocessing import Preprocessing
 
 __all__ = [
+    "IMAGES",
     "MODEL_HELP",
     "CropOption",
     "InputShapeOption",

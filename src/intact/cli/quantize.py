@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from intact.cli.files import check_folder, make_folder
 from intact.cli.networks import (
+    IMAGES,
     MODEL_HELP,
     CropOption,
     InputShapeOption,
@@ -26,6 +28,7 @@ from intact.cli.networks import (
 from intact.cli.options import JsonOption, OutFolderOption, RecipeOption, command_line
 from intact.cli.pages import show_report
 from intact.cli.showing import count, progress, terminal
+from intact.errors import DataError
 
 if TYPE_CHECKING:
     from intact.data.samples import Samples
@@ -77,6 +80,15 @@ def quantize(
     input_shape: InputShapeOption = None,
     workers: WorkersOption = 0,
     skip_corrupt: SkipCorruptOption = False,
+    pixels: Annotated[
+        bool,
+        typer.Option(
+            "--pixels",
+            rich_help_panel=IMAGES,
+            help="Let the program take pixels as they are, uint8: the normalisation becomes a part "
+            "of it.",
+        ),
+    ] = False,
     recipe: RecipeOption = "default",
     out: OutFolderOption = Path("quantized"),
     as_json: JsonOption = False,
@@ -107,17 +119,28 @@ def quantize(
         input_shape=input_shape,
         workers=workers or None,
         skip_corrupt=skip_corrupt,
+        pixels=pixels,
         recipe=recipe,
         out=out,
     )
     skipped: dict[str, None] = {}  # a set that keeps its order
     with progress("loading") as tell:
         from intact import loading
+        from intact.data.preprocessing import PRESETS
         from intact.data.sources import BUILT_IN, open_samples
         from intact.experiment import run_experiment, write_experiment
         from intact.recipe import load_recipe
         from intact.report import report_to_json
 
+        normalising = None
+        if pixels:
+            normalising = preprocessing or (PRESETS["signed"] if data in BUILT_IN else None)
+            if normalising is None:
+                raise DataError(
+                    "how the network wants pixels normalised is not known: give --preset, or "
+                    "--mean and --std, beside --pixels."
+                )
+            preprocessing = replace(normalising, normalise=False)
         chosen = load_recipe(recipe)
         check_folder(out)
         network = loading.load_model(model, weights)
@@ -146,6 +169,7 @@ def quantize(
             title=f"{loading.title(model)} on {test.name}",
             command=command,
             seed=0,
+            pixels=normalising,
             progress=tell,
         )
         tell("drawing the report", 0, 1)

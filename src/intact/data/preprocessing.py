@@ -42,6 +42,8 @@ class Preprocessing:
     interpolation  how Pillow resizes; it smooths whatever it makes smaller
     order          of the network's channels; "bgr" for networks of Caffe, or trained on what OpenCV
                    reads
+    normalise      False gives pixels as they are, 0 to 255 in float32: for a network that
+                   normalises them itself, see `pixels.take_pixels`
 
     The result has the bits of torchvision's `Resize(resize, interpolation)`, `CenterCrop(crop)`,
     `ToTensor()` and `Normalize(mean, std)` on an image of Pillow's. Like torchvision's
@@ -55,6 +57,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: Interpolation = "bilinear"
     order: Order = "rgb"
+    normalise: bool = True
 
     def __post_init__(self) -> None:
         for values in (self.mean, self.std):
@@ -157,6 +160,8 @@ class Preprocessing:
 
     def floats(self, pixels: Images) -> npt.NDArray[np.float32]:
         """What `pixels` returned, one or a batch of it, as input of the network."""
+        if not self.normalise:
+            return pixels.astype(np.float32)
         return to_input(pixels, self.mean, self.std)
 
 
