@@ -15,7 +15,7 @@ from intact.errors import CalibrationError
 from intact.network import Network, TensorSpec
 from intact.sketch import BUCKETS, Observer, Sketch, spread_positions
 
-__all__ = ["SAMPLE_MAX", "Batch", "calibrate"]
+__all__ = ["SAMPLE_MAX", "Batch", "calibrate", "summed_over_processes"]
 
 SAMPLE_MAX = 2**15
 """Values of one tensor that are counted for each image. To count all eleven million of a ResNet-50
@@ -155,6 +155,15 @@ def _reduce(sketch: Sketch | None, spec: TensorSpec) -> Sketch:
         raise _no_batches()
     # A minimum of 0.0 is -0.0 by now, of which 0 - x makes 0.0 again.
     return Sketch(sums[0], sums[1], sums[2], 0 - extremes[0], extremes[1])
+
+
+def summed_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's tensor of one shape; the tensor itself where there is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.to(_device())
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def _no_batches() -> CalibrationError:

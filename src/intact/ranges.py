@@ -292,7 +292,8 @@ def _integral(u: Float64, lowest: int, highest: int) -> Float64:
     A cell of width 1 around a code contributes 1/12; beyond the last code its cubic just goes on.
     """
     code = np.clip(np.rint(u), lowest, highest)
-    return np.asarray(code / 12 + (u - code) ** 3 / 3)
+    rest = u - code
+    return np.asarray(code / 12 + rest * rest * rest / 3)  # rest**3 would take ten times as long
 
 
 def _symmetric_error(density: Density, limit: float, bits: int) -> float:
