@@ -49,11 +49,16 @@ def report(work: Callable[[], object]) -> None:
     print(json.dumps(asdict(Outcome(seconds, used, before, memory("VmHWM")))))
 
 
-def run(script: Path, arguments: Sequence[str], python: str = sys.executable) -> Outcome:
-    """Run a script in a child that ends with `report`; its last lines are the error if it fails."""
+def call(script: Path, arguments: Sequence[str], python: str = sys.executable) -> str:
+    """What a script prints, run in a child; its last lines are the error if it fails."""
     done = subprocess.run(  # noqa: S603  # our own scripts, by an interpreter that the user names
         [python, str(script), *arguments], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError("\n".join(done.stderr.strip().splitlines()[-3:]))
-    return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return done.stdout
+
+
+def run(script: Path, arguments: Sequence[str], python: str = sys.executable) -> Outcome:
+    """What a script measured that ends with `report`."""
+    return Outcome(**json.loads(call(script, arguments, python).strip().splitlines()[-1]))
