@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from intact.calibrate import calibrate
+from intact.calibrate import SAMPLE_MAX, calibrate
 from intact.errors import CalibrationError
 from intact.network import Network, TensorSpec
 from intact.ops import Conv2d, Linear, MaxPool2d, Reshape
@@ -98,6 +98,24 @@ def test_the_sketches_of_shards_merge_to_those_of_the_whole(shards):
     parts = [calibrate(network, batches[i::shards]) for i in range(shards)]
     merged = {n: functools.reduce(Sketch.merge, (p[n] for p in parts)) for n in parts[0]}
     assert merged == calibrate(network, batches)
+
+
+def test_large_tensors_are_sampled_at_the_same_positions_in_any_batch():
+    side = 120  # 43,200 values to an image
+    network = Network(
+        input="image",
+        output="conv",
+        ops=(Conv2d("conv", ("image",), stride=(8, 8)),),
+        tensors={"image": TensorSpec((3, side, side)), "conv": TensorSpec((1, 15, 15))},
+        parameters={"conv.weight": torch.ones(1, 3, 1, 1)},
+    )
+    x = torch.randn(5, 3, side, side, generator=torch.Generator().manual_seed(0))
+    got = calibrate(network, [x])
+    assert got == calibrate(network, [x[3:], x[:3]])
+    assert got["conv"].count == 5 * 225
+    assert 5 * SAMPLE_MAX / 2 < got["image"].count <= 5 * SAMPLE_MAX
+    assert (got["image"].min, got["image"].max) == (x.min(), x.max())
+    assert got["image"].std == pytest.approx(1, abs=0.01)
 
 
 def test_batches_may_be_pairs_or_arrays_of_any_float():

@@ -21,6 +21,7 @@ from intact.ranges import (
     affine_grid,
     choose_range,
     parse_range,
+    row_limits,
     squared_error,
 )
 from intact.sketch import Sketch
@@ -287,6 +288,58 @@ def test_mse_keeps_a_uniform_range_and_clips_a_gaussian_one():
     assert high - low > 1.98
     assert choose_range(SKETCHES["gauss"], MSE(), bits=4, symmetric=True)[1] < 3
     assert choose_range(SKETCHES["gauss"], MSE(), bits=8, symmetric=True)[1] > 3
+
+
+# -- the rows of a weight --------------------------------------------------------------------------
+
+WIDTH = 300
+ROWS = np.stack([values[:WIDTH] for values in DISTRIBUTIONS.values()])
+ROWS[-2, 7] = 300  # one outlier, which 12 octaves of limits have to reach behind
+NARROW = np.random.default_rng(3).standard_normal((50, 9)).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("rows", [ROWS, NARROW, NARROW[:, :1], ROWS.reshape(1, -1)])
+def test_no_limit_of_a_row_has_a_smaller_error_than_mse(rows, bits):
+    for row, limit in zip(rows, row_limits(rows, MSE(), bits), strict=True):
+        most = float(np.abs(row).max())
+        steps = [most * 2 ** (-i / 128) for i in range(12 * 128)]
+        least = min(symmetric_error_of(row, step, bits) for step in steps)
+        assert symmetric_error_of(row, limit, bits) <= least * (1 + 1e-4) + 1e-12 * most**2
+        _, sketched = choose_range(Sketch.of(row), MSE(), bits=bits, symmetric=True)
+        assert symmetric_error_of(row, limit, bits) <= (
+            symmetric_error_of(row, sketched, bits) * (1 + 1e-4) + 1e-12 * most**2
+        )
+
+
+def test_the_search_by_row_ends_early_only_where_nothing_better_follows():
+    row = np.float32([[1000] + [1] * 999])  # the outlier's own error is the smaller one at 2 bits
+    (limit,) = row_limits(row, MSE(), 2)
+    assert limit == 1000
+    (limit,) = row_limits(np.float32([[4] + [1] * 999]), MSE(), 2)
+    assert limit == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_limits_by_row_are_what_sketches_of_the_rows_say(method):
+    rows = np.stack([v[-20_000:] for v in DISTRIBUTIONS.values()])
+    expected = [choose_range(Sketch.of(r), method, bits=8, symmetric=True)[1] for r in rows]
+    got = row_limits(rows, method, 8)
+    if isinstance(method, MSE):  # many limits are as good as the best: the error is what counts
+        pairs = zip(rows, got, expected, strict=True)
+        assert all(
+            symmetric_error_of(r, a, 8) <= 1.001 * symmetric_error_of(r, b, 8) for r, a, b in pairs
+        )
+    else:
+        assert got == pytest.approx(expected, rel=2.0**-7)
+
+
+@pytest.mark.parametrize("method", [*METHODS, Percentile(50)], ids=str)
+def test_rows_of_extreme_values_have_limits(method):
+    rows = np.float32([[0, 0, 0, 0], [0, 0, 0, 7], [2.0**-149, 0, 0, 0], [3e38, -3e38, 0, 0]])
+    limits = row_limits(rows, method, 8)
+    assert limits[0] == 0
+    assert ((limits[1:] > 0) & (limits[1:] <= np.abs(rows[1:]).max(axis=1))).all()
 
 
 # -- least divergence ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from intact.errors import CalibrationError
-from intact.sketch import CHUNK, Sketch
+from intact.sketch import CHUNK, PENDING_MAX, Observer, Sketch, spread_positions
 
 finite = st.floats(allow_nan=False, allow_infinity=False, width=32)
 batches = hnp.arrays(
@@ -93,6 +93,59 @@ def test_the_worst_lower_halves_of_a_full_chunk_are_summed_exactly():
     assert sketch.low_sums[0x3F80] == CHUNK * 0xFFFF
     assert sketch.low_squares[0x3F80] == CHUNK * 0xFFFF**2
     assert (sketch.mean, sketch.std) == (float(value[0]), 0.0)
+
+
+def test_an_observer_of_batches_sees_what_a_sketch_of_all_sees():
+    values = np.random.default_rng(6).standard_normal((11, 3, 7)).astype(np.float32)
+    observer = Observer("x")
+    for start, end in ((0, 1), (1, 6), (6, 11)):
+        observer.add(values[start:end])
+        assert observer.sketch() == Sketch.of(values[:end])
+
+
+def test_sums_are_split_before_they_overflow():
+    value = np.array([0x3F80FFFF], np.uint32).view(np.float32)
+    observer, batch = Observer("x"), np.broadcast_to(value, (PENDING_MAX // 4 + 1, 1))
+    for _ in range(5):
+        observer.add(batch)
+    count = 5 * len(batch)
+    assert count > PENDING_MAX
+    sketch = observer.sketch()
+    assert sketch.counts[0x3F80] == count
+    assert sketch.low_sums[0x3F80] == count * 0xFFFF
+    assert sketch.low_squares[0x3F80] == count * 0xFFFF**2
+
+
+@given(st.integers(1, 10**7), st.integers(1, 2**12))
+def test_positions_are_distinct_one_to_each_stretch_and_no_more_than_asked_for(size, most):
+    positions = spread_positions(size, most)
+    if size <= most:
+        assert positions is None
+        return
+    stride = math.ceil(size / most)
+    assert len(positions) == size // stride <= most
+    assert np.array_equal(positions // stride, np.arange(len(positions)))
+
+
+def test_positions_prefer_no_column_of_an_image():
+    positions = spread_positions(64 * 112 * 112, 2**15)
+    columns = np.bincount(positions % 112, minlength=112)
+    assert columns.min() > 0.9 * columns.mean()
+    assert columns.max() < 1.1 * columns.mean()
+
+
+def test_an_observer_of_positions_counts_these_and_has_the_extremes_of_all():
+    values = np.random.default_rng(7).standard_normal((4, 3, 50)).astype(np.float32)
+    positions = spread_positions(150, 40)
+    observer = Observer("x", positions)
+    observer.add(values)
+    sketch, part = observer.sketch(), Sketch.of(values.reshape(4, -1)[:, positions])
+    assert np.array_equal(sketch.counts, part.counts)
+    assert np.array_equal(sketch.low_squares, part.low_squares)
+    assert np.array_equal(sketch.channel_max, values.max(axis=(0, 2)))
+    values[2, 1, np.setdiff1d(np.arange(50, 100), positions)[0] - 50] = np.nan
+    with pytest.raises(CalibrationError, match="x holds 1 NaN"):  # though nobody counts it
+        observer.add(values)
 
 
 def test_the_sign_of_zero_does_not_matter():

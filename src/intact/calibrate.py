@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -12,9 +13,14 @@ import torch.distributed as dist
 
 from intact.errors import CalibrationError
 from intact.network import Network, TensorSpec
-from intact.sketch import BUCKETS, Sketch
+from intact.sketch import BUCKETS, Observer, Sketch, spread_positions
 
-__all__ = ["Batch", "calibrate"]
+__all__ = ["SAMPLE_MAX", "Batch", "calibrate", "summed_over_processes"]
+
+SAMPLE_MAX = 2**15
+"""Values of one tensor that are counted for each image. To count all eleven million of a ResNet-50
+would take longer than to compute them, and a hundred images give three million of each tensor so.
+"""
 
 Images: TypeAlias = torch.Tensor | npt.NDArray[Any]
 Batch: TypeAlias = Images | tuple[Images, Any] | list[Any]
@@ -29,11 +35,14 @@ def calibrate(
     progress  called after each batch with the number of images seen so far
     returns   tensor name -> `Sketch`, in the order of execution
 
-    Memory does not grow with the data. The result is the same, bit for bit, for the same batches in
-    any order. Under `torch.distributed`, when a process group is initialized, each process brings
-    its own share of the batches (none at all, perhaps) and all return the sketches of all batches,
-    equal to those of one process. How images are grouped into batches may matter, as torch's
-    kernels may round differently at another batch size.
+    Memory does not grow with the data. Of a tensor of more than `SAMPLE_MAX` values per image, that
+    many are counted, at fixed positions spread over all of it; extremes are those of all values.
+
+    The result is the same, bit for bit, for the same batches in any order. Under
+    `torch.distributed`, when a process group is initialized, each process brings its own share of
+    the batches (none at all, perhaps) and all return the sketches of all batches, equal to those of
+    one process. How images are grouped into batches may matter, as torch's kernels may round
+    differently at another batch size.
 
     `CalibrationError` when there are no batches, and for a batch that is empty, of the wrong shape
     or type, or that drives a tensor to NaN or infinity; it names batch and tensor.
@@ -62,12 +71,14 @@ def _sketch_all(
     network: Network, batches: Iterable[Batch], progress: Callable[[int], object] | None
 ) -> dict[str, Sketch]:
     """The sketches of this process's own batches; empty if it has none."""
-    sketches: dict[str, Sketch] = {}
+    observers: dict[str, Observer] = {}
     images = 0
 
     def look(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        sketch = Sketch.of(tensor.cpu().numpy(), f"tensor {name!r}")
-        sketches[name] = sketches[name].merge(sketch) if name in sketches else sketch
+        if name not in observers:
+            positions = spread_positions(math.prod(tensor.shape[1:]), SAMPLE_MAX)
+            observers[name] = Observer(f"tensor {name!r}", positions)
+        observers[name].add(tensor.cpu().numpy())
         return tensor
 
     with torch.inference_mode():
@@ -80,7 +91,7 @@ def _sketch_all(
             images += len(x)
             if progress is not None:
                 progress(images)
-    return sketches
+    return {name: observer.sketch() for name, observer in observers.items()}
 
 
 def _images(batch: Batch, spec: TensorSpec) -> torch.Tensor:
@@ -144,6 +155,15 @@ def _reduce(sketch: Sketch | None, spec: TensorSpec) -> Sketch:
         raise _no_batches()
     # A minimum of 0.0 is -0.0 by now, of which 0 - x makes 0.0 again.
     return Sketch(sums[0], sums[1], sums[2], 0 - extremes[0], extremes[1])
+
+
+def summed_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's tensor of one shape; the tensor itself where there is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.to(_device())
+    dist.all_reduce(total)
+    return total.to(values.device)
 
 
 def _no_batches() -> CalibrationError:

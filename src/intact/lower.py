@@ -33,9 +33,8 @@ from intact.ops import (
 )
 from intact.pointwise import Pointwise
 from intact.program import Program, QTensor
-from intact.ranges import MinMax, choose_range
+from intact.ranges import row_limits
 from intact.recipe import Recipe, WeightRecipe
-from intact.sketch import Sketch
 
 __all__ = ["lower", "quantize_bias", "quantize_weight"]
 
@@ -196,15 +195,8 @@ def quantize_bias(
 def _weight_scales(weight: npt.NDArray[np.float32], spec: WeightRecipe) -> Float64:
     """The scale that each channel (or the tensor) would like to have, float64 [1 or O]."""
     qmin, qmax = code_range(spec.bits, signed=True)
-    rows = weight.reshape(len(weight), -1) if spec.per_channel else weight.reshape(1, -1)
-    if isinstance(spec.range, MinMax):
-        scales: Float64 = np.abs(rows).max(axis=1).astype(np.float64)
-    else:
-        bounds = [
-            choose_range(Sketch.of(row[:, None]), spec.range, bits=spec.bits, symmetric=True)
-            for row in rows
-        ]
-        scales = np.array([max(-low, high) for low, high in bounds])
+    rows = weight.reshape(len(weight) if spec.per_channel else 1, -1)
+    scales = row_limits(rows, spec.range, spec.bits)
     scales /= -qmin if spec.scheme == "textbook" else qmax
     # A channel of zeros can have any scale: that of the coarsest channel puts it on the same grid.
     scales[scales == 0] = scales.max() or 1.0

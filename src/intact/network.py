@@ -136,6 +136,10 @@ class Network:
                 del values[tensor]
         return values[self.output]
 
+    def run_op(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """The result of one op on batches, before its fused clamp."""
+        return self._run(op, inputs)
+
     def _run(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         x = inputs[0]
         match op:

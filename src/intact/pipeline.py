@@ -1,11 +1,12 @@
-"""From a float module to a program in one call: capture, calibrate, choose, lower."""
+"""From a float module to a program in one call: capture, calibrate, improve, choose, lower."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from intact.calibrate import Batch, calibrate
 from intact.capturing import capture
 from intact.choose import align, choose_qparams
 from intact.errors import CalibrationError, DataError
+from intact.improve.bias_correction import correct_biases, samples_that_fit
+from intact.improve.equalization import equalize, has_depthwise
 from intact.lower import lower
 from intact.network import Network
 from intact.program import Program
@@ -30,7 +33,8 @@ __all__ = ["Quantized", "quantize", "quantize_network", "stages"]
 class Quantized:
     """A program, and everything that it was made from.
 
-    network   the aligned float network: op by op what the program is
+    network   the aligned float network: op by op what the program is. Equalized where the recipe
+              says so, but with its own biases: corrected ones are in the program only
     sketches  tensor -> what calibration saw
     """
 
@@ -55,11 +59,55 @@ def quantize_network(
     progress  called after each batch with the number of samples seen so far
     """
     recipe.check_layers(op.name for op in network.ops)  # before, not after, a long calibration
+    most = samples_that_fit(network)
+    batches = iter(batches)
+    if recipe.improve.equalize:
+        first = _first(batches, most)
+        network = equalize(network, calibrate(network, first))
+        batches = chain(first, batches)
+    wanted = recipe.improve.correct_bias
+    correct = has_depthwise(network) if wanted == "auto" else wanted
+    samples: list[torch.Tensor] = []
+    if correct:
+        batches = _keeping(batches, samples, most)
     sketches = calibrate(network, batches, progress)
     aligned = align(network)
     qparams = choose_qparams(aligned, sketches, recipe)
     facts = {"recipe": recipe.to_toml(), **(info or {})}
-    return Quantized(aligned, sketches, recipe, lower(aligned, qparams, recipe, facts))
+    program = lower(aligned, qparams, recipe, facts)
+    if correct:
+        shape = network.tensors[network.input].shape
+        held = torch.cat(samples) if samples else torch.zeros(0, *shape)
+        program = lower(correct_biases(aligned, program, held), qparams, recipe, facts)
+    return Quantized(aligned, sketches, recipe, program)
+
+
+def _first(batches: Iterator[Batch], most: int) -> list[Batch]:
+    """The first batches, until they hold `most` samples."""
+    first: list[Batch] = []
+    count = 0
+    for batch in batches:
+        first.append(batch)
+        x = _inputs(batch)
+        count += len(x) if isinstance(x, torch.Tensor | np.ndarray) and x.ndim else 1
+        if count >= most:
+            break
+    return first
+
+
+def _keeping(batches: Iterable[Batch], samples: list[torch.Tensor], most: int) -> Iterator[Batch]:
+    """The batches, of which the first `most` samples are copied as they pass."""
+    for batch in batches:
+        yield batch  # whoever took it has checked it before it comes here
+        missing = most - sum(map(len, samples))
+        if missing > 0:
+            x = torch.as_tensor(_inputs(batch))[:missing]
+            samples.append(x.detach().to("cpu", torch.float32, copy=True))
+
+
+def _inputs(batch: Batch) -> Any:
+    """A batch without its labels."""
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
 def quantize(
@@ -130,7 +178,7 @@ def _example(batch: Batch) -> torch.Tensor:
 
     Everything else about the batch is `calibrate`'s to judge, as for all other batches.
     """
-    x = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    x = _inputs(batch)
     if not isinstance(x, torch.Tensor | np.ndarray):
         raise CalibrationError(
             "calibration batch 0: a batch is a tensor or an array, or a pair of one and labels, "

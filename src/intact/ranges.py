@@ -1,4 +1,4 @@
-"""How a range is chosen: min-max, k sigma, percentile, MSE, entropy; each from a `Sketch` alone."""
+"""How a range is chosen: min-max, k sigma, percentile, MSE, entropy; from a `Sketch`, or by row."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ __all__ = [
     "affine_grid",
     "choose_range",
     "parse_range",
+    "row_limits",
     "squared_error",
 ]
 
+Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
 
 
@@ -177,6 +179,92 @@ def _magnitude_quantile(sketch: Sketch, p: float) -> float:
     return high
 
 
+# -- the rows of a weight --------------------------------------------------------------------------
+
+
+def row_limits(rows: Float32, method: RangeMethod, bits: int) -> Float64:
+    """For each row the `t` of the symmetric range `(-t, t)` that codes of `bits` bits should cover.
+
+    rows     float32 [R, K], finite, K >= 1
+    returns  float64 [R], each at most the row's largest magnitude, and 0 for a row of zeros only
+
+    Weights are at hand as they are, so this asks the values themselves what `choose_range` with
+    `symmetric=True` asks a sketch: the answers differ by what a bucket hides. All rows at once: a
+    sketch for each channel of a ResNet-50 took four minutes, this takes seconds.
+    """
+    most: Float64 = np.abs(rows).max(axis=1).astype(np.float64)
+    limits: Float64
+    match method:
+        case MinMax():
+            return most
+        case Sigma():
+            mean, std = rows.mean(axis=1, dtype=np.float64), rows.std(axis=1, dtype=np.float64)
+            limits = np.minimum(np.abs(mean) + method.k * std, most)
+        case Percentile():
+            kept = np.quantile(np.abs(rows), method.p / 100, axis=1, method="inverted_cdf")
+            limits = kept.astype(np.float64)
+        case MSE():
+            limits = _least_squares_by_row(rows, most, bits)
+        case Entropy():
+            bounds = [
+                choose_range(Sketch.of(row), method, bits=bits, symmetric=True) for row in rows
+            ]
+            limits = np.array([high for _, high in bounds])
+        case _:
+            assert_never(method)
+    return np.asarray(np.where(limits > 0, limits, most))
+
+
+_BLOCK = 2**15
+"""Values that are searched together: what stays in a core's cache."""
+
+
+def _least_squares_by_row(rows: Float32, most: Float64, bits: int) -> Float64:
+    """The limit of least squared error of each row, of `most * 2**(-i / 128)` down to 12 octaves.
+
+    The finest steps of `_least`, all of them: so no error is larger than that of its choice.
+    """
+    limits = most.copy()
+    count = max(1, _BLOCK // rows.shape[1])
+    for first in range(0, len(rows), count):
+        block = slice(first, first + count)
+        scale = np.where(most[block] > 0, most[block], 1.0)
+        unit = (rows[block] / scale[:, None]).astype(np.float32)
+        limits[block] *= _best_ratios(unit, bits)
+    return np.asarray(limits)
+
+
+def _best_ratios(rows: Float32, bits: int) -> Float64:
+    """The limit of least squared error of each row whose largest magnitude is 1; float64 [R].
+
+    What is clipped costs the more, the lower the limit. So a row is done with when the error of
+    clipping alone exceeds the best error so far: no lower limit can be better. At 8 bits that is
+    within a fifth of an octave for normal weights; outliers take longer, and get it.
+    """
+    lowest, highest = (np.float32(end) for end in code_range(bits, signed=True))
+    ratios, least = np.ones(len(rows)), np.full(len(rows), np.inf)
+    left = np.arange(len(rows))
+    for i in range(_PER_OCTAVE * _OCTAVES * _FINE):
+        ratio = 2 ** (-i / _FINE / _PER_OCTAVE)
+        real = rows * np.float32(float(highest) / ratio)
+        clipped = np.clip(real, lowest, highest)
+        clipping = _square_sums(real - clipped) * ratio**2
+        error = _square_sums(real - np.rint(clipped)) * ratio**2
+        better = error < least[left]
+        ratios[left[better]] = ratio
+        least[left[better]] = error[better]
+        open_ = clipping < least[left]
+        if not open_.all():
+            left, rows = left[open_], rows[open_]
+            if not len(left):
+                break
+    return ratios
+
+
+def _square_sums(rows: Float32) -> Float64:
+    return np.asarray(np.einsum("rk,rk->r", rows, rows), np.float64)
+
+
 # -- least squared error ---------------------------------------------------------------------------
 
 
@@ -204,7 +292,8 @@ def _integral(u: Float64, lowest: int, highest: int) -> Float64:
     A cell of width 1 around a code contributes 1/12; beyond the last code its cubic just goes on.
     """
     code = np.clip(np.rint(u), lowest, highest)
-    return np.asarray(code / 12 + (u - code) ** 3 / 3)
+    rest = u - code
+    return np.asarray(code / 12 + rest * rest * rest / 3)  # rest**3 would take ten times as long
 
 
 def _symmetric_error(density: Density, limit: float, bits: int) -> float:

@@ -19,6 +19,7 @@ from intact.ranges import MSE, MinMax, RangeMethod, parse_range
 __all__ = [
     "PRESETS",
     "ActivationRecipe",
+    "ImproveRecipe",
     "InputRecipe",
     "Override",
     "Recipe",
@@ -89,7 +90,29 @@ class InputRecipe:
         _check(self)
 
 
-Section = TypeVar("Section", WeightRecipe, ActivationRecipe, InputRecipe)
+@dataclass(frozen=True, slots=True)
+class ImproveRecipe:
+    """What is done to the float network so that it quantizes better.
+
+    equalize      whether channels are scaled to ranges that are more alike, between layers that can
+                  make up for it (`intact.improve.equalization`)
+    correct_bias  whether biases make up for the mean error of their layer on calibration data
+                  (`intact.improve.bias_correction`); "auto": if the network has depthwise
+                  convolutions
+    """
+
+    equalize: bool = False
+    correct_bias: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        equalize: Any = self.equalize  # a recipe may come from a file: check what the types promise
+        if type(equalize) is not bool:
+            raise RecipeError(f"equalize is {equalize!r}; it is either true or false.")
+        if type(self.correct_bias) is not bool and self.correct_bias != "auto":
+            raise RecipeError(f"correct_bias is {self.correct_bias!r}; true, false or 'auto'.")
+
+
+Section = TypeVar("Section", WeightRecipe, ActivationRecipe, InputRecipe, ImproveRecipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +142,7 @@ class Recipe:
     input        of the network's input
     output       of the network's output: by default its whole range, since a logit that saturates
                  can no longer win
+    improve      what is done to the float network before
     overrides    exceptions, applied in order: a later one wins
     """
 
@@ -128,6 +152,7 @@ class Recipe:
     activations: ActivationRecipe = field(default_factory=ActivationRecipe)
     input: InputRecipe = field(default_factory=InputRecipe)
     output: ActivationRecipe = field(default_factory=lambda: ActivationRecipe(range=MinMax()))
+    improve: ImproveRecipe = field(default_factory=ImproveRecipe)
     overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
@@ -163,7 +188,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain values: what `results.json` holds and TOML writes."""
         result: dict[str, Any] = {"name": self.name, "grid": self.grid}
-        for section in ("weights", "activations", "input", "output"):
+        for section in _SECTIONS:
             value = getattr(self, section)
             result[section] = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         layers: dict[str, dict[str, dict[str, Any]]] = {}
@@ -194,13 +219,16 @@ class Recipe:
         return self.to_toml()
 
 
-_SECTIONS: Mapping[str, type[WeightRecipe | ActivationRecipe | InputRecipe]] = MappingProxyType(
-    {
-        "weights": WeightRecipe,
-        "activations": ActivationRecipe,
-        "input": InputRecipe,
-        "output": ActivationRecipe,
-    }
+_SECTIONS: Mapping[str, type[WeightRecipe | ActivationRecipe | InputRecipe | ImproveRecipe]] = (
+    MappingProxyType(
+        {
+            "weights": WeightRecipe,
+            "activations": ActivationRecipe,
+            "input": InputRecipe,
+            "output": ActivationRecipe,
+            "improve": ImproveRecipe,
+        }
+    )
 )
 
 
@@ -293,6 +321,7 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
             activations=_TEXTBOOK,
             input=InputRecipe(scheme="textbook", range=MinMax(), power_of_two=False),
             output=_TEXTBOOK,
+            improve=ImproveRecipe(equalize=False, correct_bias=False),
         ),
     }
 )

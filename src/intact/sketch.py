@@ -4,6 +4,9 @@ A float32 is filed under its upper 16 bits, the bfloat16 that truncation makes o
 buckets, none wider than 1/128 of its values. All that is kept are integers (per bucket a count, and
 the sums of the lower 16 bits and of their squares) and extremes, so merging two sketches is exact,
 associative and commutative: no result depends on the order or the sharding of the data.
+
+Of a tensor that is large in every sample, an `Observer` may count the values at fixed positions
+only; its extremes are those of all values.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy.typing as npt
 
 from intact.errors import CalibrationError
 
-__all__ = ["Density", "Sketch"]
+__all__ = ["Density", "Observer", "Sketch", "spread_positions"]
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
@@ -40,9 +43,12 @@ NEGATIVE = np.arange(BUCKETS) >= SIGN
 ASCENDING = np.concatenate([np.arange(SIGN + INFINITE)[: SIGN - 1 : -1], np.arange(INFINITE)])
 """The finite buckets in the order of their values."""
 
-CHUNK = 2**18
-COUNT_SHIFT = 34
-"""Where the count stands in a sum that also holds lower halves: `CHUNK * LOW_MAX < 2**34`."""
+CHUNK = 2**14
+"""Values that are filed together: what stays in a core's cache."""
+COUNT_SHIFT = 40
+PENDING_MAX = 2**23
+"""A sum of counts, shifted, and lower halves is split before it holds more values than that: the
+lower halves stay below `2**23 * LOW_MAX < 2**40`, and all of it below 2**63."""
 
 
 class Density(NamedTuple):
@@ -86,8 +92,7 @@ class Sketch:
             object.__setattr__(self, field.name, array)
         if self.counts.sum() == 0:
             raise CalibrationError("a sketch needs at least one value.")
-        if self.low_squares.min() < 0:
-            raise CalibrationError("too many equal values for one sketch; use less data.")
+        _check_squares(self.low_squares)
 
     @classmethod
     def of(cls, values: npt.ArrayLike, name: str = "the tensor") -> Sketch:
@@ -99,22 +104,9 @@ class Sketch:
 
         NaN and infinite values, and no values at all, are a `CalibrationError`.
         """
-        with np.errstate(over="ignore"):  # float64 beyond float32 is infinite, and refused below
-            batch = np.asarray(values, np.float32)
-        if batch.size == 0:
-            raise CalibrationError(f"{name} holds no values: its shape is {list(batch.shape)}.")
-        counts, low_sums, low_squares = _file(batch.reshape(-1))
-        if counts[~FINITE].any():
-            raise CalibrationError(
-                f"{name} holds {np.isnan(batch).sum()} NaN and {np.isinf(batch).sum()} infinite "
-                f"values of {batch.size}. Such a tensor has no range: look for a division by zero "
-                "or an overflow in the network, or at the data."
-            )
-        channels = batch.reshape(len(batch), batch.shape[1] if batch.ndim > 1 else 1, -1)
-        # Adding 0 turns -0.0 into 0.0; which of the two a minimum yields is a matter of order.
-        low = channels.min(axis=(0, 2)) + np.float32(0)
-        high = channels.max(axis=(0, 2)) + np.float32(0)
-        return cls(counts, low_sums, low_squares, low, high)
+        observer = Observer(name)
+        observer.add(values)
+        return observer.sketch()
 
     def merge(self, other: Sketch) -> Sketch:
         """The sketch of both sketches' data together: exact, associative, commutative."""
@@ -264,21 +256,98 @@ class Sketch:
         return np.diff(below)
 
 
-def _file(values: Float32) -> tuple[Int64, Int64, Int64]:
-    """File float32 values [n] under their buckets: counts, sums and sums of squares of low halves.
+class Observer:
+    """Looks at one tensor, batch by batch, and yields its `Sketch`: that of all batches merged.
 
-    `bincount` adds in float64, which is exact below 2**53 and here never reaches it: a chunk has
-    2**18 values, so its squares of lower halves sum up to less than 2**18 * 2**32 = 2**50, and its
-    occurrences of 2**34 plus a lower half each to at most 2**18 * 2**34 + 2**18 * 2**16 < 2**53.
-    The latter sum holds both a count and a sum, which saves one of three passes.
+    name       of the tensor, for error messages
+    positions  which values of a sample to count: indices into its values in row-major order, as
+               `spread_positions` gives them; None counts all. Extremes are those of all values
+
+    Sums are kept in place, so that a small batch costs no more than its values.
     """
-    counts, low_sums, low_squares = (np.zeros(BUCKETS, np.int64) for _ in range(3))
-    for first in range(0, len(values), CHUNK):
-        bits = (values[first : first + CHUNK] + np.float32(0)).view(np.uint32)  # -0.0 + 0 is 0.0
-        bucket = (bits >> 16).astype(np.intp)
-        low = (bits & LOW_MAX).astype(np.float64)
-        both = np.bincount(bucket, low + 2.0**COUNT_SHIFT, BUCKETS).astype(np.int64)
-        counts += both >> COUNT_SHIFT
-        low_sums += both & (2**COUNT_SHIFT - 1)
-        low_squares += np.bincount(bucket, low * low, BUCKETS).astype(np.int64)
-    return counts, low_sums, low_squares
+
+    def __init__(self, name: str, positions: npt.NDArray[np.intp] | None = None) -> None:
+        self._name = name
+        self._positions = positions
+        self._counts, self._low_sums, self._low_squares, self._pending = (
+            np.zeros(BUCKETS, np.int64) for _ in range(4)
+        )
+        self._pending_values = 0
+        self._low = self._high = np.zeros(0, np.float32)
+
+    def add(self, values: npt.ArrayLike) -> None:
+        """Look at a batch; what it may hold, and what is refused, as for `Sketch.of`."""
+        with np.errstate(over="ignore"):  # float64 beyond float32 is infinite, and refused below
+            batch = np.asarray(values, np.float32)
+        if batch.size == 0:
+            raise CalibrationError(
+                f"{self._name} holds no values: its shape is {list(batch.shape)}."
+            )
+        channels = batch.reshape(len(batch), batch.shape[1] if batch.ndim > 1 else 1, -1)
+        with np.errstate(invalid="ignore"):  # a NaN is refused below
+            # Adding 0 turns -0.0 into 0.0; which of the two a minimum yields is a matter of order.
+            low = channels.min(axis=(0, 2)) + np.float32(0)
+            high = channels.max(axis=(0, 2)) + np.float32(0)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise CalibrationError(
+                f"{self._name} holds {np.isnan(batch).sum()} NaN and {np.isinf(batch).sum()} "
+                f"infinite values of {batch.size}. Such a tensor has no range: look for a division "
+                "by zero or an overflow in the network, or at the data."
+            )
+        first = not len(self._low)
+        self._low = low if first else np.minimum(self._low, low)
+        self._high = high if first else np.maximum(self._high, high)
+        samples = batch.reshape(len(batch), -1)
+        if self._positions is not None:
+            samples = samples[:, self._positions]
+        flat = samples.reshape(-1)
+        for start in range(0, len(flat), CHUNK):
+            self._file(flat[start : start + CHUNK])
+
+    def sketch(self) -> Sketch:
+        """What was seen so far."""
+        self._split_pending()
+        return Sketch(self._counts, self._low_sums, self._low_squares, self._low, self._high)
+
+    def _file(self, values: Float32) -> None:
+        """File float32 values [n], n <= CHUNK, under their buckets.
+
+        One sum holds both counts and lower halves, which saves one of three passes.
+        """
+        if self._pending_values + len(values) > PENDING_MAX:
+            self._split_pending()
+        bits = (values + np.float32(0)).view(np.uint32)  # -0.0 + 0 is 0.0
+        bucket = (bits >> np.uint32(16)).astype(np.intp)
+        low = (bits & np.uint32(LOW_MAX)).astype(np.int64)
+        np.add.at(self._low_squares, bucket, low * low)
+        low += 1 << COUNT_SHIFT
+        np.add.at(self._pending, bucket, low)
+        self._pending_values += len(values)
+
+    def _split_pending(self) -> None:
+        self._counts += self._pending >> COUNT_SHIFT
+        self._low_sums += self._pending & (2**COUNT_SHIFT - 1)
+        self._pending[:] = 0
+        self._pending_values = 0
+        _check_squares(self._low_squares)
+
+
+def _check_squares(low_squares: Int64) -> None:
+    if low_squares.min() < 0:
+        raise CalibrationError("too many equal values for one sketch; use less data.")
+
+
+def spread_positions(size: int, most: int) -> npt.NDArray[np.intp] | None:
+    """At most `most` of the positions 0 to `size - 1`, ascending and distinct; None: all of them.
+
+    One of every `k`, at a place within them that the golden ratio moves: equal steps would see
+    some columns of an image only. Integers alone, so the same everywhere.
+    """
+    if size <= most:
+        return None
+    stride = -(-size // most)
+    i = np.arange(size // stride, dtype=np.uint64)
+    golden = (i * np.uint64(2654435769)) & np.uint64(2**32 - 1)  # 2**32 / golden ratio
+    places = i * np.uint64(stride) + ((golden * np.uint64(stride)) >> np.uint64(32))
+    positions: npt.NDArray[np.intp] = places.astype(np.intp)
+    return positions
