@@ -128,6 +128,7 @@ def run_experiment(
         quantized.program,
         testing.pass_on(test.batches(size)),
         lambda done: tell("measuring the stages", done, total),
+        corrected=quantized.corrected,
     )
     analysed = min(seen, ANALYSED)
     analysis = analyse(

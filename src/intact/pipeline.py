@@ -34,11 +34,13 @@ class Quantized:
     """A program, and everything that it was made from.
 
     network   the aligned float network: op by op what the program is. Equalized where the recipe
-              says so, but with its own biases: corrected ones are in the program only
+              says so, but with its own biases
+    corrected the same with the biases that were lowered
     sketches  tensor -> what calibration saw
     """
 
     network: Network
+    corrected: Network
     sketches: Mapping[str, Sketch]
     recipe: Recipe
     program: Program
@@ -75,11 +77,13 @@ def quantize_network(
     qparams = choose_qparams(aligned, sketches, recipe)
     facts = {"recipe": recipe.to_toml(), **(info or {})}
     program = lower(aligned, qparams, recipe, facts)
+    corrected = aligned
     if correct:
         shape = network.tensors[network.input].shape
         held = torch.cat(samples) if samples else torch.zeros(0, *shape)
-        program = lower(correct_biases(aligned, program, held), qparams, recipe, facts)
-    return Quantized(aligned, sketches, recipe, program)
+        corrected = correct_biases(aligned, program, held)
+        program = lower(corrected, qparams, recipe, facts)
+    return Quantized(aligned, corrected, sketches, recipe, program)
 
 
 def _first(batches: Iterator[Batch], most: int) -> list[Batch]:
@@ -141,7 +145,7 @@ def stages(
     """
     _check_iterable(test, "the test data")  # before, not after, a long calibration
     quantized = _quantize(model, calibration, load_recipe(recipe))
-    return measure(quantized.network, quantized.program, test)
+    return measure(quantized.network, quantized.program, test, corrected=quantized.corrected)
 
 
 def _quantize(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Quantized:

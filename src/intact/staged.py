@@ -176,15 +176,19 @@ def measure(
     program: Program,
     batches: Iterable[Any],
     progress: Callable[[int], object] | None = None,
+    *,
+    corrected: Network | None = None,
 ) -> Stages:
     """Run every stage on a test set, in one pass.
 
-    network   the aligned float network that `program` was lowered from
+    network   the aligned float network that the program stands for
     batches   of `(float32 [N, ...], integer labels [N])`, tensors or arrays; in all of them, None
               for labels that are not known
     progress  called after each batch with the number of images seen so far
+    corrected the network with the biases that were lowered, where they are not its own; the stages
+              from the activations on have them
     """
-    models = _models(network, program)
+    models = _models(network, program, corrected or network)
     noise = dict.fromkeys(models, 0.0)
     signal = 0.0
     predicted: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in models}
@@ -256,12 +260,13 @@ def fake_weights(network: Network, program: Program) -> Network:
     return network.with_parameters(weights)
 
 
-def _models(network: Network, program: Program) -> dict[str, Model]:
+def _models(network: Network, program: Program, corrected: Network) -> dict[str, Model]:
     """Stage name -> float32 batch to float32 logits."""
     weights = fake_weights(network, program)
+    lowered = fake_weights(corrected, program)
     # In float64, for the codes that exact sums give: in float32, the sums of LeNet on CIFAR-10
     # moved a logit of 35 images in 10,000 by a code, and the prediction of one.
-    precise = replace(weights, parameters={n: p.double() for n, p in weights.parameters.items()})
+    precise = replace(lowered, parameters={n: p.double() for n, p in lowered.parameters.items()})
 
     def hook(name: str, x: torch.Tensor) -> torch.Tensor:
         return fake_quantize(x, program.tensors[name].qparams, name)
