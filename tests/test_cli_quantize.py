@@ -179,6 +179,35 @@ def test_labels_of_a_file_make_accuracies_and_other_data_calibrates(here):
     assert (report["stages"][-1]["correct"], report["stages"][-1]["total"]) == (right, 50)
 
 
+def test_with_pixels_the_program_takes_them_as_they_are(here):
+    ran = quantize("--data", "digits", "--samples", 60, "--calibration", 40, "--pixels", "-o", "p")
+    assert ran.code == 0, ran.err
+    program = intact.load("p/program.safetensors")
+    assert program.takes_pixels
+    images = load_dataset("digits").test_images
+    assert program.codes(images).shape == (len(images), 10)
+    evaluated = intact_("evaluate", "p/program.safetensors", "--json")
+    right = program.codes(images).argmax(1) == load_dataset("digits").test_labels
+    assert json.loads(evaluated.out)["correct"] == int(right.sum())
+    shown = intact_("run", "p/program.safetensors", "photos", "--json")
+    assert json.loads(shown.out)[0]["input"] == "class0/0.png"
+
+
+def test_pixels_need_to_be_pixels_and_a_normalisation(here):
+    ran = quantize("--data", "photos", "--pixels", "--input-shape", "3,32,32", "-o", "none")
+    assert "how the network wants pixels normalised is not known" in ran.err
+    ran = quantize("--data", "x.npy", "--pixels", "--preset", "signed", "-o", "none")
+    assert "no pixels, whole numbers from 0 to 255" in ran.err
+    assert not (here / "none").exists()
+
+
+def test_data_that_was_normalised_otherwise_is_noticed(here):
+    np.save("unit.npy", (np.load("x.npy") + 1) / 2)
+    common = ("--calibration-data", "x.npy", "--calibration", 40, "-o", "other")
+    assert "warning: unit.npy reaches from 0 to 1" in quantize("--data", "unit.npy", *common).out
+    assert "warning" not in quantize("--data", "x.npy", *common).out
+
+
 def test_an_exported_program_gives_the_same_program(labelled, here):
     ran = intact_(
         "quantize", "--model", "net.pt2", "--data", "digits", "--samples", 9, "--calibration", 40,
@@ -217,7 +246,7 @@ def test_images_are_brought_to_the_networks_input_and_bad_ones_left_out(here):
         assert report["stages"][0]["total"] == 6
         assert report["data"]["classes"] == ["class0", "class1"]
         assert report["input"]["min"] >= 0
-        assert "note: images of photos: 2 classes, for a network of 10 outputs" in ran.out
+        assert "warning: images of photos has 2 classes, but the network has 10 outputs" in ran.out
     (here / "photos/class1/damaged.png").unlink()
 
 
@@ -346,6 +375,15 @@ def test_check_refuses_with_status_1_what_cannot_be_converted(here):
 )
 def test_what_is_fused_into_a_layer_has_a_name(low, high, words):
     assert clamp_words(low, high) == words
+
+
+def test_check_takes_a_network_of_the_zoo_trained_or_not():
+    for name, network in NETWORKS.items():
+        ran = intact_("check", name, "--json")
+        assert ran.code == 0, ran.err
+        count = sum(p.numel() for p in network.make().parameters())
+        # Batch norm is folded: its two parameters per channel become a bias.
+        assert 0.95 * count < json.loads(ran.out)["parameters"] <= count
 
 
 def test_check_asks_for_a_shape_that_nobody_knows(here):

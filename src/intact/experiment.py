@@ -20,6 +20,7 @@ import platform
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from intact import __version__
 from intact.analysis import analyse
 from intact.capturing import capture
 from intact.data import Dataset
+from intact.data.channels import Channels
+from intact.data.checking import swapped_channels, unlike_calibration
 from intact.data.folder import Part
 from intact.data.images import image_samples
 from intact.data.preprocessing import PRESETS, Preprocessing
@@ -64,12 +67,16 @@ knows; 0 of 1 for one long step."""
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What a run found out, and what it made."""
+    """What a run found out, and what it made.
+
+    remarks  what is hardly meant: test data that looks unlike the calibration's
+    """
 
     report: Report
     stages: Stages
     quantized: Quantized
     state: Mapping[str, torch.Tensor]
+    remarks: tuple[str, ...] = ()
 
 
 def run_experiment(
@@ -174,7 +181,13 @@ def run_experiment(
         seed=seed,
         versions=versions(),
     )
-    return Experiment(report, stages, quantized, model.state_dict())
+    seen_channels, given = (reduce(Channels.merge, p.looks) for p in (calibrating, testing))
+    remarks = [
+        check(seen_channels, given, test.name) for check in (unlike_calibration, swapped_channels)
+    ]
+    return Experiment(
+        report, stages, quantized, model.state_dict(), tuple(r for r in remarks if r is not None)
+    )
 
 
 def dataset_part(dataset: Dataset, part: Part, count: int | None = None) -> Samples:
@@ -249,10 +262,12 @@ def _check_test_data(network: Network, test: Samples) -> None:
 class _Hashed:
     """SHA-256 of all inputs and of all labels that have come by: two runs saw the same data.
 
+    looks   of the batches, channel by channel
     pixels  whether inputs that are no pixels are a `DataError`
     """
 
     pixels: bool = False
+    looks: list[Channels] = field(default_factory=list)
     inputs: hashlib._Hash = field(default_factory=hashlib.sha256)
     labels: hashlib._Hash = field(default_factory=hashlib.sha256)
 
@@ -263,6 +278,7 @@ class _Hashed:
                     "the samples are no pixels, whole numbers from 0 to 255, so the program cannot "
                     "take them as such. Give images, or an array of uint8."
                 )
+            self.looks.append(Channels.of(x))
             self.inputs.update(np.ascontiguousarray(x, dtype="<f4").data)
             if labels is not None:
                 self.labels.update(np.ascontiguousarray(labels, dtype="<i8").data)

@@ -36,13 +36,16 @@ PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before all names of a state dict."""
 
 
-def load_model(spec: str, weights: str | PathLike[str] | None = None) -> nn.Module:
+def load_model(
+    spec: str, weights: str | PathLike[str] | None = None, *, trained: bool = True
+) -> nn.Module:
     """A trained network, in eval mode.
 
     spec     `FILE.py:NAME` or `package.module:NAME`, where `NAME` is a function or class that needs
              no arguments, or a module; `FILE.pt2`, see `ExportedModel`; or a network of the zoo
     weights  a safetensors file, or what `torch.save` wrote of a state dict, `.pt` or `.pth`; never
              unpickled beyond tensors. None: the network has its weights already
+    trained  False takes a network of the zoo as it is initialised: for its structure alone
 
     A file of code is run, with its folder on `sys.path`; a module is imported with the working
     folder there. What they print goes to standard error.
@@ -51,7 +54,9 @@ def load_model(spec: str, weights: str | PathLike[str] | None = None) -> nn.Modu
     all at once. Warns with `ModelWarning` of batch norm that has never seen data.
     """
     if spec in NETWORKS:
-        return load_network(spec) if weights is None else read_network(spec, weights)
+        if weights is not None:
+            return read_network(spec, weights)
+        return load_network(spec) if trained else NETWORKS[spec].make().eval()
     if Path(spec).suffix == ".pt2":
         if weights is not None:
             raise ModelError(f"{spec} holds its own weights: leave {weights} out.")

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from intact.arithmetic import QParams, accumulator_scale, dequantize, quantize
+from intact.data.checking import check_labels
 from intact.engines.torch import TorchEngine
 from intact.errors import DataError
 from intact.network import Hook, Network
@@ -201,7 +202,7 @@ def measure(
         outputs = {name: model(x).reshape(len(x), -1) for name, model in models.items()}
         reference = outputs["float"].astype(np.float64)
         if y is not None:
-            _check_labels(y, classes=reference.shape[1])
+            check_labels(y, reference.shape[1], "the test data")
             labels.append(y)
         signal += float(np.square(reference).sum())
         for name, logits in outputs.items():
@@ -315,14 +316,6 @@ def _pair(batch: Any) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
             f"{list(y.shape)}, {y.dtype}."
         )
     return x.to(torch.float32), y.astype(np.int64)
-
-
-def _check_labels(labels: npt.NDArray[np.int64], classes: int) -> None:
-    if labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"labels reach from {labels.min()} to {labels.max()}, but the network has {classes} "
-            f"classes, 0 to {classes - 1}."
-        )
 
 
 def _result(

@@ -45,7 +45,7 @@ def check(
         with warnings.catch_warnings():
             if weights is None:  # what can be converted depends on the code alone
                 warnings.simplefilter("ignore", ModelWarning)
-            loaded = load_model(model, weights)
+            loaded = load_model(model, weights, trained=False)
         taken = shape or known_shape(loaded)
         if taken is None:
             raise ModelError(

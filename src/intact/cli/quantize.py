@@ -27,7 +27,7 @@ from intact.cli.networks import (
 )
 from intact.cli.options import JsonOption, OutFolderOption, RecipeOption, command_line
 from intact.cli.pages import show_report
-from intact.cli.showing import count, progress, terminal
+from intact.cli.showing import progress, terminal
 from intact.errors import DataError
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def quantize(
     skipped: dict[str, None] = {}  # a set that keeps its order
     with progress("loading") as tell:
         from intact import loading
+        from intact.data.checking import other_classes
         from intact.data.preprocessing import PRESETS
         from intact.data.sources import BUILT_IN, open_samples
         from intact.experiment import run_experiment, write_experiment
@@ -183,13 +184,11 @@ def quantize(
     show_report(experiment.report, out)
     program = experiment.quantized.program
     outputs = math.prod(program.tensors[program.output].shape)
-    if test.classes is not None and len(test.classes) < outputs:
-        terminal().print(
-            f"note: {test.name}: {count(len(test.classes), 'class', 'classes')}, for a network of "
-            f"{outputs:,} outputs; labels are positions in the order of the classes' names, so "
-            "accuracies mean something only if those are the network's first classes",
-            soft_wrap=False,
-        )
+    remarks = list(experiment.remarks)
+    if test.classes is not None and (other := other_classes(test.classes, outputs, test.name)):
+        remarks.append(other)
+    for remark in remarks:
+        terminal().print(f"warning: {remark}", soft_wrap=False)
     if training.name == test.name:
         terminal().print(
             "note: ranges were chosen from samples that the stages were measured on as well; "
