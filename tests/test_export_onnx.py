@@ -261,11 +261,14 @@ def test_a_changed_entry_of_a_table_is_seen_at_its_code_and_in_its_channel(flavo
 # -- how layers are written ----------------------------------------------------------------------
 
 
-def test_a_layer_is_fused_only_where_float32_holds_the_products_with_its_multiplier():
+def test_a_layer_is_fused_only_where_its_multiplier_is_a_power_of_two_and_float32_holds_its_sums():
     weight = np.full((1, 500), 100, np.int8)
-    # 500 * 100 * 128 = 6,400,000: twice that is below 2**24, three times is not.
     for m, form in ((1, "fused"), (2, "fused"), (2**12, "fused"), (3, "float"), (257, "float")):
         assert forms(linear(weight, np.array([m], np.int32))) == {"fc": form}
+    # 500 * 100 * 128 = 6,400,000 is below 2**24; with a bias it need not be.
+    for bias, form in ((10_377_216, "fused"), (10_377_217, "integer")):
+        biased = linear(weight, np.array([2], np.int32), bias=np.array([bias], np.int32))
+        assert forms(biased) == {"fc": form}
     narrow = linear(weight, np.array([1], np.int32), target=QParams((1.0,), 0, -100, 100))
     assert forms(narrow) == {"fc": "float"}
 

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import intact
 from blocks import BLOCKS
-from intact.arithmetic import QParams, dequantize
+from intact.arithmetic import QParams, dequantize, multiplier_value
 from intact.engines import load_engine
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, ProgramError
-from intact.export.onnx import FLAVOURS, model, saturates
+from intact.export.onnx import FLAVOURS, forms, model, saturates
 from intact.ops import Conv2d, Linear, Permute, Requantize, Table
+from intact.program import QTensor
 from strategies import Builder, example, input_codes, programs
 
 pytest.importorskip("onnx", reason="the package onnx is not installed")
@@ -205,6 +206,27 @@ def test_openvino_agrees_on_convolutions_that_yield_one_position(samples, channe
     builder.weighted(Conv2d("conv", ("x",), groups=groups), weight, QParams((1.0,)))
     program = builder.finish()
     codes = rng.integers(-128, 128, (samples, channels, *kernel)).astype(np.int8)
+    for flavour in openvino_flavours():
+        check_openvino(program, codes, flavour)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("power", [2**12, 2**13, 2**14])
+@pytest.mark.parametrize("odd", [1, 3, 5, 7])
+def test_openvino_agrees_on_ties_of_multipliers_with_few_bits(groups, power, odd):
+    """Fused, all products with them are exact; but if `odd` is not 1, their inverses are not."""
+    rng = np.random.default_rng(0)
+    builder = Builder.start((8, 8, 8), QParams((1.0,)))
+    weight = rng.integers(-8, 9, (8, 8 // groups, 1, 1)).astype(np.int8)
+    builder.ops.append(Conv2d("conv", ("x",), groups=groups))
+    builder.tensors["conv"] = QTensor((8, 8, 8), QParams((1.0,)))
+    multiplier = np.array([odd * power], np.int32)
+    scale = multiplier_value(multiplier, 8)
+    values = {"weight": weight, "multiplier": multiplier, "weight_scale": scale}
+    builder.parameters.update({f"conv.{kind}": value for kind, value in values.items()})
+    program = builder.finish()
+    assert forms(program) == {"conv": "fused" if odd == 1 else "float"}
+    codes = rng.integers(-128, 128, (12, 8, 8, 8)).astype(np.int8)
     for flavour in openvino_flavours():
         check_openvino(program, codes, flavour)
 

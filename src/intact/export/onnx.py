@@ -79,8 +79,8 @@ Io: TypeAlias = Literal["float", "integer"]
 Form: TypeAlias = Literal["fused", "float", "qlinear", "integer"]
 """How an op that accumulates is written.
 
-fused    one float operator, `M` in the scale of its weights; exact because the products with `M`
-         and all their sums are float32 numbers
+fused    one float operator, `M` in the scale of its weights; exact because `M` is a power of two,
+         so that the products with `M` and all their sums are float32 numbers
 float    one float operator on integers, exact because no sum exceeds 2**24; then the multiplier
 qlinear  QLinearConv or QLinearMatMul, exact because on the dyadic grid every product with `M` is
          exact or saturates (arithmetic.md, section 3), in float32 and all the more in float64
@@ -266,23 +266,22 @@ def _form(program: Program, op: Op, flavour: Flavour) -> Form:
 def _fuses_exactly(program: Program, op: Op) -> bool:
     """Whether float32 is exact, in any order, with `M` multiplied into the weights and the bias.
 
-    `M` is an odd integer times a power of two, so every partial sum is a multiple of that power. It
-    is exact if the odd integer times the accumulator's bound fits the significand, 24 bits. So it
-    is for most layers on the power-of-two grid, and for few on the dyadic one. Codes narrower than
-    their type need a clamp, with which no engine fuses.
+    It is where `M` is a power of two and the accumulator's bound fits the significand, 24 bits. So
+    it is for most layers on the power-of-two grid, and for hardly any on the dyadic one. Products
+    with a short odd multiple of a power would be exact too, but OpenVINO's int8 kernels divide by
+    `1 / M`, and of 24,576 sums times 7, 3 or 5 * 2**k, many of them ties, 89 were rounded wrongly.
+    Codes narrower than their type need a clamp, with which no engine fuses.
     """
     if _narrow(program.tensors[op.name].qparams):
         return False
     multiplier = program.parameters[f"{op.name}.multiplier"]
     value = multiplier_value(multiplier, program.tensors[op.name].qparams.bits).astype(np.float64)
     significand, exponent = np.frexp(value)
-    odd = np.ldexp(significand, 24).astype(np.int64)
-    odd //= odd & -odd
     # Where all inputs are 0 so is the bound, but a weight itself must be exact all the same.
     bound = np.maximum(program.accumulator_bounds(op), 128)
     # The range of exponents keeps sums from underflowing, and from overflowing an int32.
-    fits = (odd * bound <= FLOAT32_EXACT) & (exponent > -64) & (value * bound < 2**30)
-    return bool(fits.all())
+    fits = (bound <= FLOAT32_EXACT) & (exponent > -64) & (value * bound < 2**30)
+    return bool(((significand == 0.5) & fits).all())
 
 
 def unsigned(program: Program) -> Program:
