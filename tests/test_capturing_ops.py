@@ -115,11 +115,13 @@ def test_the_entries_of_a_table_are_the_function_rounded_once_in_float64():
 
 def test_what_saturates_below_hard_swish_costs_its_input_no_codes():
     """A channel that reaches -30 is 0 behind hard-swish, as is everything below -3."""
-    module = nn.Sequential(nn.Linear(6, 6), nn.Hardswish())
+    module = randomized(nn.Sequential(nn.Linear(6, 6), nn.Hardswish()))
     network = capture(module, torch.zeros(1, 6))
     assert network.tensors["0"].low == -3
     program = intact.quantize(module, [torch.randn(64, 6) * 30])
-    assert program.tensors["0"].qparams.scale[0] * program.tensors["0"].qparams.zero_point < 3.1
+    grid = program.tensors["0"].qparams
+    # The zero point is even, so the grid may reach two codes further than it must.
+    assert grid.scale[0] * grid.zero_point < 3 + 2 * grid.scale[0]
     x = torch.linspace(-9, 9, 999)
     assert torch.equal(F.hardswish(x.clamp(min=-3)), F.hardswish(x))
     assert torch.equal(F.hardsigmoid(x.clamp(-3, 3)), F.hardsigmoid(x))

@@ -162,7 +162,7 @@ MODELS = {
     "class": (lambda: nn.ReLU, "capture takes a torch.nn.Module, not type"),
     "state dict": (lambda: net().state_dict(), "a torch.nn.Module, not OrderedDict"),
     "half": (lambda: net().half(), HALF),
-    "unsupported": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid()), "sigmoid"),
+    "unsupported": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), "group_norm"),
 }
 NO_BATCH = "calibration batch 0: a batch is a tensor or an array, or a pair of one and labels, not"
 DATA = {
@@ -237,7 +237,7 @@ TEST_DATA = {
     "dict": (lambda: [{"image": X, "label": Y}], "a test batch is a pair"),
     "few labels": (lambda: [(X, Y[:3])], "24 samples came with labels of shape"),
     "float labels": (lambda: [(X, Y.float())], "labels must be integers"),
-    "label too large": (lambda: [(X, Y + 5)], "but the network has 5 classes"),
+    "label too large": (lambda: [(X, Y + 5)], "but the network has 5 outputs"),
     "integers": (lambda: [(X.int(), Y)], "test inputs are torch.int32"),
     "NaN": (lambda: [(changed((3, 1, 2, 2), np.nan), Y)], r"NaN at index \(3, 1, 2, 2\)"),
     "shape": (lambda: [(X[..., :7], Y)], r"\[N, 3, 8, 8\], not \[24, 3, 8, 7\]"),

@@ -148,7 +148,7 @@ def test_the_strategy_draws_every_op_and_wide_accumulators():
     widest = 0
 
     @given(st.data())
-    @settings(max_examples=120, database=None, derandomize=True)
+    @settings(max_examples=250, database=None, derandomize=True)
     def collect(data):
         nonlocal widest
         program = data.draw(programs())

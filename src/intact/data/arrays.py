@@ -126,19 +126,22 @@ def _packed(path: Path, name: str) -> Array:
     return array
 
 
+NUMPYS = frozenset("BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 F32 F64".split())
+"""Types of safetensors that NumPy has of its own."""
+
+
 def _stored(path: Path, file: Any, name: str) -> Rows:
     rows = file.get_slice(name)
     shape = tuple(rows.get_shape())
     if not shape or not shape[0]:
         array: Array = file.get_tensor(name)
         return array
-    try:
-        dtype = rows[:1].dtype
-    except TypeError as error:
+    # NumPy knows others only where some package has taught it them.
+    if rows.get_dtype() not in NUMPYS:
         raise DataError(
             f"{path} holds {name!r} as {rows.get_dtype()}, which NumPy lacks. Store float32."
-        ) from error
-    return _Stored(rows, dtype, shape)
+        )
+    return _Stored(rows, rows[:1].dtype, shape)
 
 
 def array_samples(
