@@ -126,7 +126,7 @@ def _packed(path: Path, name: str) -> Array:
     return array
 
 
-NUMPYS = frozenset("BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 F32 F64".split())
+NUMPYS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "F32", "F64")
 """Types of safetensors that NumPy has of its own."""
 
 
