@@ -118,7 +118,7 @@ NETWORK_SCHEDULES: Mapping[str, Schedule] = {
     "mobilenetv2": replace(DEPTHWISE, epochs=30, bfloat16=True),
     "mobilenetv3": replace(DEPTHWISE, epochs=24),
 }
-"""As many epochs as take about an hour on one core; where bfloat16 is slower, it is not used: the
+"""As many epochs as take about an hour on two cores; where bfloat16 is slower, it is not used: the
 backward pass of a depthwise 5x5 convolution takes four times as long in it."""
 
 

@@ -105,7 +105,7 @@ def _add_train_command(network: str, title: str) -> None:
                 metavar="N",
                 min=1,
                 help="Passes over the training images; if left out, as many as take CIFAR-10 "
-                "about an hour.",
+                "about an hour on two cores.",
             ),
         ] = None,
         seed: SeedOption = 0,
