@@ -385,6 +385,19 @@ def test_padding_is_left_to_the_convolution_or_pool_that_reads_it():
     assert network.ops[0] == MaxPool2d("max_pool2d", ("input",), (3, 3), (2, 2), (0, 1, 0, 1))
 
 
+def test_a_constant_may_surround_another_view_of_what_a_layer_computes():
+    """The grid has to hold both, and they differ in their channels."""
+
+    def forward(s, x):
+        y = s.conv(x)
+        return s.fc(F.pad(y.flatten(2).transpose(1, 2), (0, 1), value=-1.5)).mean(1) + y.mean(
+            (2, 3)
+        )
+
+    network = check(Call(forward, conv=CONV, fc=nn.Linear(5, 4)), IMAGE)
+    assert "Pad" in kinds(network)
+
+
 def test_padding_that_a_maximum_could_take_stays():
     """Of negative values the largest would be the 0 that was padded."""
     module = Call(lambda s, x: F.max_pool2d(F.pad(s.conv(x), (0, 1, 0, 1)), 3, 2), conv=CONV)

@@ -107,10 +107,10 @@ def choose_qparams(
     grids: dict[str, QParams] = {}
     padded = _padded(network, decider)
     for name in dict.fromkeys(decider.values()):
-        sketch = reduce(
-            Sketch.merge,
-            (_sketch_of(tensor, network, sketches) for tensor in (name, *padded.get(name, ()))),
-        )
+        sketch = _sketch_of(name, network, sketches)
+        if name in padded:  # by way of reshapes, so with other channels
+            around = (_sketch_of(tensor, network, sketches).overall for tensor in padded[name])
+            sketch = reduce(Sketch.merge, around, sketch.overall)
         if name == network.input:
             grids[name] = _input_grid(sketch, recipe.input)
             if network.tensors[name].pixels:

@@ -108,6 +108,17 @@ class Sketch:
         observer.add(values)
         return observer.sketch()
 
+    @property
+    def overall(self) -> Sketch:
+        """The same values as those of one channel: what tensors of any shapes have in common."""
+        return Sketch(
+            self.counts,
+            self.low_sums,
+            self.low_squares,
+            self.channel_min.min(keepdims=True),
+            self.channel_max.max(keepdims=True),
+        )
+
     def merge(self, other: Sketch) -> Sketch:
         """The sketch of both sketches' data together: exact, associative, commutative."""
         if self.channel_min.shape != other.channel_min.shape:
