@@ -434,6 +434,60 @@ def test_reshapes_and_permutes_in_a_row_are_one():
     assert kinds(check(module, IMAGE)) == ["Conv2d", "Conv2d"]
 
 
+def two_views(f, **layers):
+    layers = {"conv": CONV, "other": nn.Conv2d(4, 4, 3, padding=1), **layers}
+    return Call(f, **layers)
+
+
+VIEWS = {
+    "permuted back": lambda s, x: (
+        s.other((p := s.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).relu()).flatten(1)
+        + p.flatten(1)
+    ),
+    "viewed back": lambda s, x: (
+        s.other((v := s.conv(x).flatten(2)).view(-1, 4, 8, 8).relu()).flatten(2) - v
+    ),
+    "norm behind a view": lambda s, x: (
+        s.norm((v := s.conv(x).flatten(2)).view(-1, 4, 8, 8)).flatten(2) * v
+    ),
+    "constant behind a permute": lambda s, x: (
+        ((p := s.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * 2).flatten(1) + p.flatten(1)
+    ),
+    "tokens": lambda s, x: (
+        (t := s.conv(x).flatten(2).transpose(1, 2))
+        + s.fc(s.line(t.transpose(1, 2)).transpose(1, 2))
+    ),
+    "sum behind a view": lambda s, x: F.pixel_shuffle(s.conv(x), 2).sum(-1, keepdim=True),
+    "gray to colours": lambda s, x: torch.stack([(g := s.conv(x)[:, 0]), g, g], 1),
+    "steps": lambda s, x: s.other((s.conv(x) > 0).float()),
+    "doubled phases": lambda s, x: s.up(x) * 2 - 0.5,
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_several_views_of_one_tensor_are_read_apart(name):
+    """What is fused behind one view must not reach the readers of another."""
+    layers = {
+        "norm": nn.BatchNorm2d(4),
+        "line": nn.BatchNorm1d(4),
+        "fc": nn.Linear(4, 4),
+        "up": nn.ConvTranspose2d(3, 2, 2, 2),
+    }
+    network = check(two_views(VIEWS[name], **layers), IMAGE, least_db=15)
+    read = {tensor for op in network.ops for tensor in op.inputs} | {network.output}
+    assert {op.name for op in network.ops} <= read
+
+
+def test_a_function_whose_parts_are_shared_many_times_over_is_looked_at_once():
+    def forward(x):
+        for _ in range(40):
+            x = x + torch.sin(x)
+        return x
+
+    network = capture(Call(forward), torch.zeros(1, *VECTOR))
+    assert not network.functions[network.output].per_channel
+
+
 def test_a_module_that_is_called_twice_has_two_layers_with_equal_weights():
     network = check(Call(lambda s, x: s.fc(F.relu(s.fc(x))), fc=nn.Linear(6, 6)), VECTOR)
     assert [op.name for op in network.ops] == ["fc", "fc_1"]

@@ -63,12 +63,16 @@ class Pointwise:
     @property
     def per_channel(self) -> bool:
         """Whether some constant holds more than one value, so that channels differ."""
-        parts = (*self.arguments, *self.keywords.values())
-        return any(
-            part.per_channel if isinstance(part, Pointwise) else part.numel() > 1
-            for part in parts
-            if isinstance(part, Pointwise | torch.Tensor)
-        )
+        waiting, seen = [self], {self}  # inner functions may be shared many times over
+        while waiting:
+            expression = waiting.pop()
+            for part in (*expression.arguments, *expression.keywords.values()):
+                if isinstance(part, torch.Tensor) and part.numel() > 1:
+                    return True
+                if isinstance(part, Pointwise) and part not in seen:
+                    seen.add(part)
+                    waiting.append(part)
+        return False
 
 
 def _evaluate(part: Any, x: torch.Tensor, known: dict[Pointwise, Any]) -> Any:

@@ -84,6 +84,9 @@ _HINTS: Mapping[str, str] = {
     "batch_norm": "It normalises by the statistics of the batch at hand, so a result would depend "
     "on what else is in the batch. Train with track_running_stats=True.",
     "clamp": "Give its bounds as numbers.",
+    "mean": "It reduces the batch, too. Name the axes, without the first one: x.mean((2, 3)).",
+    "repeat": "Write torch.cat([x, x], 1), or expand an axis of length 1.",
+    "max": "Of a tensor alone, use amax(dim); of several, torch.stack and then amax.",
     "dropout": "It drops in eval mode too; pass training=self.training.",
     "scaled_dot_product_attention": "Attention multiplies tensors that both depend on the input. "
     "Take a convolutional network.",

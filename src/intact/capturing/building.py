@@ -169,14 +169,19 @@ class Builder:
                 key = (refusal.function, refusal.layer, refusal.source)
                 found.setdefault(key, refusal)
             return None, tuple(found.values())
+        if result.meta["val"].dtype != torch.float32:
+            raise CaptureError(
+                f"{type(self.module).__name__} returns {result.meta['val'].dtype}; return float32."
+            )
         if not self.ops:
             raise CaptureError("the module returns its input: there is nothing to capture.")
+        self._prune(output)
         parameters = {k: v.detach().float().clone() for k, v in self.parameters.items()}
         for name, tensor in parameters.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CaptureError(
-                    f"{name} is NaN or infinite once batch norm is folded. Look for a negative "
-                    "running_var, or one so small that its inverse overflows."
+                    f"{name} is NaN or infinite once batch norm and constants are folded. Look for "
+                    "a negative running_var, or one so small that its inverse overflows."
                 )
         network = Network(
             input=self.input,
@@ -188,6 +193,18 @@ class Builder:
             functions=self.functions,
         )
         return network, ()
+
+    def _prune(self, output: str) -> None:
+        """Leave out what the output does not depend on: views that others have looked behind."""
+        needed = {output}
+        for name, op in reversed(self.ops.items()):
+            if name in needed:
+                needed.update(op.inputs)
+        for name in [name for name in self.ops if name not in needed]:
+            self.drop(name)
+            self.functions.pop(name, None)
+            for kind in ("weight", "bias"):
+                self.parameters.pop(f"{name}.{kind}", None)
 
     def _check(self, name: str, op: Op) -> None:
         """Refuse what was left for a reader to absorb, and no reader did."""
@@ -234,11 +251,12 @@ class Builder:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.constants[n])
             self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             return
-        if node.target is operator.getitem and sources[0] in self.refused:
-            self._stand_in(node)
-            return
         try:
             if node.target is operator.getitem:
+                known = sources[0] in self.parts or sources[0] in self.bound
+                if sources[0] in self.refused or not known:
+                    self._stand_in(node)
+                    return
                 self.bind(node, self._item(sources[0], node.args[1]))
                 return
             converter = _CONVERTERS.get(node.target)
@@ -409,10 +427,18 @@ class Builder:
         self.sources.pop(name, None)
         return op.inputs[0]
 
+    def behind(self, tensor: str) -> str:
+        """What an op that only moves values reads; the op is taken back if nobody else needs it."""
+        if tensor in self.shared or any(tensor in op.inputs for op in self.ops.values()):
+            source = self.ops[tensor].inputs[0]
+            self.shared.add(source)  # by the op, and by whoever reads it instead of the op
+            return source
+        return self.drop(tensor)
+
     def reshape(self, node: Node, name: str, x: str, shape: Shape) -> str:
         """`x` under another shape: a `Reshape` unless it has that already, and no two in a row."""
         while isinstance(self.ops.get(x), Reshape) and shape != self.tensors[x].shape:
-            x = self.ops[x].inputs[0] if x in self.shared else self.drop(x)
+            x = self.behind(x)
         if shape == self.tensors[x].shape:
             return x
         name = self.unique(name, owned=name == self.path(node))
@@ -423,7 +449,7 @@ class Builder:
         op = self.ops.get(x)
         if isinstance(op, Permute):
             axes = [op.axes[a] for a in axes]
-            x = op.inputs[0] if x in self.shared else self.drop(x)
+            x = self.behind(x)
         if list(axes) == sorted(axes):
             return x
         shape = tuple(self.tensors[x].shape[a] for a in axes)

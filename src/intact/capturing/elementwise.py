@@ -46,6 +46,7 @@ def _common_root(b: Builder, node: Node) -> str | None:
 
 def _composed(b: Builder, node: Node, root: str) -> Function:
     """The node as a function of the one tensor that all its operands are functions of."""
+    _check_shape(b, node, root)
     rank = len(b.tensors[root].shape) + 1
 
     def part(operand: Node) -> Any:
@@ -64,6 +65,23 @@ def _composed(b: Builder, node: Node, root: str) -> Function:
     args, kwargs = map_arg((node.args, node.kwargs), part)
     target: Any = node.target
     return Function(root, Pointwise(target, tuple(args), dict(kwargs), function_name(node)))
+
+
+def _check_shape(b: Builder, node: Node, root: str) -> None:
+    if b.sample(node.meta["val"]) != b.tensors[root].shape:
+        raise UnsupportedError(
+            f"Its constant makes samples of {list(b.sample(node.meta['val']))} of samples of "
+            f"{list(b.tensors[root].shape)}. Expand the tensor first: x.expand(...)."
+        )
+
+
+def _check_ranks(*operands: Node) -> None:
+    ranks = {operand.meta["val"].ndim for operand in operands}
+    if len(ranks) > 1 and 1 in ranks:
+        raise UnsupportedError(
+            "It combines one number per sample, [N], with a tensor of more axes, along whose last "
+            "one torch repeats it. Write g[:, None], with as many axes as the other has."
+        )
 
 
 def _axes(constant: Any, rank: int) -> set[int]:
@@ -184,6 +202,7 @@ def _scaled(
 ) -> Value:
     """`x * factor + offset` with constants: folded into a layer, a table, or a layer of its own."""
     bound = b.bound[x]
+    _check_shape(b, node, _root(bound))
     constants = [c for c in (factor, offset) if c is not None]
     rank = len(b.tensors[_root(bound)].shape) + 1
     axes = set().union(*(_axes(c, rank) for c in constants))
@@ -226,6 +245,7 @@ def _add(b: Builder, node: Node, a: dict[str, Any]) -> Value:
             f"It adds alpha = {alpha} times a tensor. Put the factor into the weights of the layer "
             "before it."
         )
+    _check_ranks(left, right)
     shape = b.shape(node)
     operands = tuple(_broadcast(b, node, b.tensor(n), shape) for n in (left, right))
     kind = Subtract if minus else Add
@@ -242,6 +262,7 @@ def _mul(b: Builder, node: Node, a: dict[str, Any]) -> Value:
         return _scaled(b, node, right, constants[0], None)
     if composed := _same_root(b, node, squares=True):
         return composed
+    _check_ranks(left, right)
     shape = b.shape(node)
     first, second = (_repeated(b, b.tensor(n)) for n in (left, right))
     if b.tensors[first].shape != shape:

@@ -207,13 +207,13 @@ def fold(
     if axis not in (None, len(b.tensors[x].shape) - 1 if linear else 0):
         return False
     weight = b.parameters[f"{name}.weight"].double()
-    factor = factor.repeat_interleave(parts).expand(len(weight))
+    factor = factor.expand(len(weight) // parts).repeat_interleave(parts)
     bias = b.parameters.get(f"{name}.bias")
     b.parameters[f"{name}.weight"] = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
     if bias is not None:
         b.parameters[f"{name}.bias"] = bias.double() * factor
     if offset is not None:
-        offset = offset.repeat_interleave(parts).expand(len(weight))
+        offset = offset.expand(len(weight) // parts).repeat_interleave(parts)
         before = b.parameters.get(f"{name}.bias")
         b.parameters[f"{name}.bias"] = offset if before is None else before + offset
     return True

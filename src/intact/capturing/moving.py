@@ -9,12 +9,23 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from intact.capturing.building import Builder, Parts, UnsupportedError, Value, converts
+from intact.capturing.building import (
+    Builder,
+    Function,
+    Parts,
+    UnsupportedError,
+    Value,
+    converts,
+)
 from intact.ops import Concat, Pad, Shape, Slice, Upsample
+from intact.pointwise import Pointwise
 
 __all__: list[str] = []
 
 _aten = torch.ops.aten
+
+MOST_AXES = 4
+"""Of a sample that is padded: two numbers for each are as many as a field of an op may hold."""
 
 
 def _axis(b: Builder, tensor: str, dim: int, advice: str) -> int:
@@ -109,7 +120,12 @@ def _channel_shuffle(b: Builder, node: Node, a: dict[str, Any]) -> str:
 def _nothing(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     if node.meta["val"].dtype != torch.float32:
         raise UnsupportedError(f"It converts to {node.meta['val'].dtype}; float32 is needed.")
-    return b.bound[a["self"]]
+    bound = b.bound[a["self"]]
+    if isinstance(bound, Function) and a["self"].meta["val"].dtype == torch.bool:
+        ends = (torch.tensor(1.0), torch.tensor(0.0))
+        chosen = Pointwise(_aten.where.self, (bound.function, *ends), label=bound.function.label)
+        return Function(bound.root, chosen)
+    return bound
 
 
 # -- joins and cuts --------------------------------------------------------------------------------
@@ -131,7 +147,9 @@ def _stack(b: Builder, node: Node, a: dict[str, Any]) -> str:
         raise UnsupportedError("It stacks along the batch. Choose another axis.")
     one = (*shape[:axis], 1, *shape[axis + 1 :])
     base = b.base(node)
-    inputs = tuple(b.reshape(node, f"{base}.reshape", b.tensor(t), one) for t in a["tensors"])
+    names = [b.tensor(t) for t in a["tensors"]]
+    b.shared.update(name for name in names if names.count(name) > 1)
+    inputs = tuple(b.reshape(node, f"{base}.reshape", name, one) for name in names)
     return b.emit(node, Concat(b.name(node), inputs, axis), shape)
 
 
@@ -222,6 +240,12 @@ def _pad(b: Builder, node: Node, a: dict[str, Any]) -> str:
     widths += [0] * (2 * len(shape) - len(widths))
     if len(widths) > 2 * len(shape):
         raise UnsupportedError("It pads the batch, which must stay as it is.")
+    if math.isnan(value):
+        raise UnsupportedError("It pads with NaN, which no code stands for.")
+    if len(shape) > MOST_AXES:
+        raise UnsupportedError(
+            f"It pads samples of {len(shape)} axes, more than {MOST_AXES}. Pad under another view."
+        )
     # torch begins with the last axis.
     pairs = [(widths[2 * i], widths[2 * i + 1]) for i in range(len(shape))][::-1]
     for axis, (before, after) in enumerate(pairs):
@@ -260,6 +284,14 @@ def _upsample(b: Builder, node: Node, a: dict[str, Any]) -> str:
         f"It resizes {given} to {wanted}, which is no whole multiple. Choose a size that is, or "
         "resize the images."
     )
+    # What torch takes from where, which follows a scale_factor that is given, not the sizes alone.
+    places = torch.arange(float(math.prod(given))).reshape(1, 1, *given)
+    target: Any = node.target
+    taken = target(places, *node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "input"})
+    for axis, (n, m) in enumerate(zip(wanted, given, strict=True), 2):
+        places = places.repeat_interleave(max(1, n // m), dim=axis)
+    if not torch.equal(taken, places):
+        raise UnsupportedError(advice)
     return _repeat(b, node, x, b.shape(node), advice)
 
 

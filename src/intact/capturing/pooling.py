@@ -89,7 +89,8 @@ def _max_pool(b: Builder, node: Node, a: dict[str, Any]) -> str:
         kernel, dilation = pair(a["kernel_size"]), pair(a["dilation"])
         stride = pair(a["stride"] or kernel)
         padding = _overhang(a, size, shape[1:], dilation)
-        x, padding = b.absorb_padding(x, padding, -math.inf, kernel)
+        if dilation == (1, 1):  # else a window may step over all that is no padding
+            x, padding = b.absorb_padding(x, padding, -math.inf, kernel)
         _check_windows(b.tensors[x].shape[1:], shape[1:], kernel, stride, padding, dilation)
         op = MaxPool2d(b.name(node), (x,), kernel, stride, padding, dilation)
         return b.emit(node, op, shape)
@@ -298,7 +299,7 @@ def _mean(b: Builder, node: Node, a: dict[str, Any]) -> str:
 @converts(_aten.sum.dim_IntList)
 def _sum(b: Builder, node: Node, a: dict[str, Any]) -> Function:
     """The mean, and then the count as a factor."""
-    name = _mean(b, node, a)
     count = math.prod(b.tensors[b.tensor(a["self"])].shape) // math.prod(b.shape(node))
+    name = _mean(b, node, a)
     b.shared.add(name)  # the factor must not be folded into anything but a table
     return Function(name, Pointwise(_aten.mul.Tensor, (X, count), label="sum"))
