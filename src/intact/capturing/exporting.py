@@ -156,12 +156,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_OTHERS = (Path(torch.__file__).parent, Path(__file__).parent)
+_HERE = Path(__file__).parent
+_OTHERS = (Path(torch.__file__).parent, _HERE)
+_EXPORTED = _HERE.parent / "exported.py"
+"""Runs the operations of an exported program, whose lines are elsewhere."""
 
 
 def is_users(file: str) -> bool:
     """Whether a file of a traceback is the user's own, neither torch's nor one of this package."""
-    return not file.startswith("<") and not any(p in Path(file).parents for p in _OTHERS)
+    path = Path(file)
+    ours = path == _EXPORTED or any(folder in path.parents for folder in _OTHERS)
+    return not file.startswith("<") and not ours
 
 
 def _user_frame(error: Exception) -> str:
