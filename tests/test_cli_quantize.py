@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,6 +249,18 @@ def test_images_are_brought_to_the_networks_input_and_bad_ones_left_out(here):
         assert report["input"]["min"] >= 0
         assert "warning: images of photos has 2 classes, but the network has 10 outputs" in ran.out
     (here / "photos/class1/damaged.png").unlink()
+
+
+def test_a_folder_with_two_parts_is_not_calibrated_on_what_is_measured(here):
+    for part in ("train", "test"):
+        (here / "parts" / part).parent.mkdir(exist_ok=True)
+        shutil.copytree(here / "photos", here / "parts" / part)
+    common = ("--preset", "signed", "--input-shape", "3,32,32", "-o", "parts_out")
+    ran = quantize("--data", "parts", *common)
+    assert ran.code == 0, ran.err
+    assert "note: ranges" not in ran.out
+    assert results(here / "parts_out")["data"]["calibrated on"] == "images of parts/train"
+    assert "note: ranges" in quantize("--data", "photos", *common).out
 
 
 @pytest.mark.parametrize(

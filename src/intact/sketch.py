@@ -34,7 +34,6 @@ SIGN, INFINITE = 0x8000, 0x7F80
 
 MAGNITUDE = np.arange(BUCKETS) & (SIGN - 1)
 EXPONENT = MAGNITUDE >> 7
-FINITE = MAGNITUDE < INFINITE
 SHIFT = np.maximum(EXPONENT, 1) - 1
 """The lowest bit of a bucket's values is worth `2**(SHIFT - 149)`."""
 SIGNIFICAND = ((MAGNITUDE & 0x7F) | np.where(EXPONENT > 0, 0x80, 0)) << 16

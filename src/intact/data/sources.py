@@ -14,8 +14,8 @@ import numpy as np
 from intact.data import DATASETS, load_dataset
 from intact.data.arrays import SUFFIXES as ARRAY_SUFFIXES
 from intact.data.arrays import array_samples, read_arrays
+from intact.data.folder import FOLDERS, Part, find_classes
 from intact.data.folder import SUFFIXES as IMAGE_SUFFIXES
-from intact.data.folder import Part, find_classes
 from intact.data.images import image_samples
 from intact.data.iterables import iterable_samples
 from intact.data.preprocessing import PRESETS, Preprocessing
@@ -90,8 +90,13 @@ def open_samples(
             f"the preprocessing, {', '.join(PRESETS)} or one of your own."
         )
     files, labels = [file for file, _ in found], np.array([label for _, label in found], np.int64)
+    name = path.name or path.resolve().name
+    # The folder that was chosen for the part, where there was a choice.
+    tops = {file.relative_to(path).parts[0] for file in files} if path.is_dir() else set()
+    if part is not None and len(tops) == 1 and tops <= set(FOLDERS[part]):
+        name = f"{name}/{tops.pop()}"
     return image_samples(
-        f"images of {path.name or path.resolve().name}",
+        f"images of {name}",
         partial(_pick, files),
         len(files),
         None if classes is None else labels,

@@ -16,7 +16,7 @@ which the sum is exact because the program proves that the true accumulator fits
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -1101,9 +1101,3 @@ def logical_offsets(place: Place, shape: Shape) -> Array:
     if len(shape) != 3:
         offsets = np.transpose(offsets, (1, 2, 0))
     return offsets.reshape(-1)
-
-
-def steps_in_order(plan: Plan) -> Iterator[Step]:
-    """Head and tail."""
-    yield from plan.head
-    yield from plan.tail
