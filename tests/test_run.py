@@ -291,6 +291,13 @@ def test_the_command_prints_a_line_per_input_and_writes_the_outputs(path, progra
     assert ran.out.splitlines()[-1] == f"{out}  all outputs of 5 inputs"
 
 
+def test_a_normalisation_that_nobody_gave_is_said(path, folder):
+    """Another one gives other classes, and nothing in the outputs would tell."""
+    assert "warning: pixels were normalised with mean 0.5" in intact_("run", path, folder).err
+    given = intact_("run", path, folder, "--mean", "0.5", "--std", "0.5")
+    assert (given.code, given.err) == (0, "")
+
+
 def test_json_goes_to_standard_output(path, program, folder, pixels):
     ran = intact_("run", path, folder / "z.png", "--json", "--mean", "0.5,0.5,0.5", "--std", "0.5")
     assert ran.code == 0, ran.err

@@ -41,10 +41,12 @@ class Inputs:
 
     names   one per sample: paths of images below their folder, or positions in an array
     slices  called for an iterator over batches, float32 or codes `[n, *input shape]`, in order
+    normalised  whether they are pixels to which a mean and a standard deviation were applied
     """
 
     names: tuple[str, ...]
     slices: Callable[[], Iterator[Array]]
+    normalised: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +156,7 @@ def read_inputs(
             pixels = read_images(files[i : i + SLICE], preprocessing, shape)
             yield pixels if program.takes_pixels else preprocessing.floats(pixels)
 
-    return Inputs(names, slices)
+    return Inputs(names, slices, normalised=not program.takes_pixels)
 
 
 def _check_array(program: Program, array: Rows, path: Path) -> None:

@@ -38,24 +38,25 @@ def run(
     engine: EngineOption = EngineChoice.auto,
     threads: ThreadsOption = None,
     mean: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--mean",
             metavar="M[,M,M]",
             help="Subtract this from pixels between 0 and 1, as in the training of the network; "
-            "one number, or one per channel.",
+            "one number, or one per channel; 0.5 if left out.",
         ),
-    ] = "0.5",
+    ] = None,
     std: Annotated[
-        str, typer.Option("--std", metavar="S[,S,S]", help="Then divide by this.")
-    ] = "0.5",
+        str | None,
+        typer.Option("--std", metavar="S[,S,S]", help="Then divide by this; 0.5 if left out."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a program on images or arrays of your own, and show its predictions.
 
     Prints per input the class with the largest output, and that output.
     """
-    normalise = (numbers("--mean", mean, float), numbers("--std", std, float))
+    normalise = (numbers("--mean", mean or "0.5", float), numbers("--std", std or "0.5", float))
     with progress("loading") as tell:
         from intact.engines import load_engine
         from intact.inference import check_suffix, infer, read_inputs
@@ -66,6 +67,7 @@ def run(
             check_file(out, program)
         loaded = load(program)
         inputs = read_inputs(loaded, source, *normalise)
+        assumed = mean is None and std is None and inputs.normalised
         total = len(inputs.names)
         tell("running", 0, total)
         predictions = infer(
@@ -77,6 +79,12 @@ def run(
         if out is not None:
             make_folder(out.parent)
             predictions.write(out)
+    if assumed:
+        terminal(stderr=True).print(
+            "warning: pixels were normalised with mean 0.5 and std 0.5, as for the networks of the "
+            "zoo; if this one was trained with others, give --mean and --std",
+            style="yellow",
+        )
     if as_json:
         typer.echo(json.dumps(predictions.to_list()))
         return
