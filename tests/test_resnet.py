@@ -122,7 +122,7 @@ def few() -> Dataset:
 def test_the_schedule_suits_the_data():
     cifar10 = network_schedule("resnet20", "cifar10")
     assert (cifar10.momentum, cifar10.nesterov, cifar10.weight_decay) == (0.9, True, 5e-4)
-    assert (cifar10.batch_size, cifar10.crop, cifar10.flip, cifar10.average) == (128, 4, True, 0)
+    assert (cifar10.batch_size, cifar10.crop, cifar10.flip, cifar10.average) == (64, 4, True, 0)
     assert cifar10.anneal
     assert network_schedule("resnet20", "digits", 5) == replace(cifar10, epochs=5, flip=False)
 

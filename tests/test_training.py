@@ -182,6 +182,66 @@ def test_the_statistics_of_batch_norm_survive_an_interruption(tmp_path):
 # -- augmentation --------------------------------------------------------------------------------
 
 
+class Watched(nn.Module):
+    """A network for images of any size, with a strided depthwise convolution, that notes sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 6, (3, 5), (2, 3), padding=(1, 2), groups=3)
+        self.fc = nn.Linear(6, 4)
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        self.seen.append((*x.shape[2:], *y.shape[2:]))
+        return self.fc(y.mean((2, 3)))
+
+
+def test_images_take_each_size_for_an_equal_part_of_all_steps():
+    model = Watched()
+    train(model, noise(), replace(PLAIN, epochs=2, sizes=(4, 5, 6)), seed=0)
+    assert [side for side, *_ in model.seen] == [4, 4, 5, 5, 6, 6]
+
+
+def test_a_training_with_sizes_goes_on_where_it_stopped(tmp_path):
+    schedule, path = replace(EVERYTHING, sizes=(4, 6)), tmp_path / "c"
+
+    def stop(epoch: int, *_: object) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    straight, parts = Watched(), Watched()
+    train(straight, noise(), schedule, 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, noise(), schedule, 1, checkpoint=path, progress=stop)
+    assert parts.conv.stride == (2, 3)
+    again = Watched()
+    train(again, noise(), schedule, 1, checkpoint=path, resume=True)
+    assert equal(weights(again), weights(straight))
+
+
+def test_a_strided_depthwise_convolution_is_trained_as_what_it_is():
+    """Its outputs keep their number and, but for rounding, their values and gradients."""
+    model, plain = Watched(), Watched()
+    train(model, noise(), replace(PLAIN, epochs=1), seed=0)
+    assert model.seen[0] == (6, 6, 3, 2)
+    assert model.conv.stride == (2, 3)
+    assert not model.conv._forward_hooks
+    data = noise()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+    order = np.random.default_rng((0, 0)).permutation(20)
+    for start in range(0, 20, 8):
+        chosen = order[start : start + 8]
+        x = torch.from_numpy(data.train_images[chosen]).float().div(255).sub(0.5).div(0.5)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), torch.from_numpy(data.train_labels[chosen])).backward()
+        optimizer.step()
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(tensor, weights(plain)[name])
+    assert not equal(weights(model), weights(Watched()))
+
+
 def test_augmentation_shifts_into_black_and_mirrors():
     """Every image that comes out is one of the 18 that can, and each of these comes out."""
     image = np.arange(1, 28, dtype=np.uint8).reshape(3, 3, 3)

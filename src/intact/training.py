@@ -65,6 +65,8 @@ class Schedule:
     channels_last    whether channels are innermost in memory: faster, and rounded differently
     bfloat16         whether layers compute in bfloat16; weights, their sums and batch norm stay
                      float32
+    sizes            sides that the square images are resized to, each for an equal part of all
+                     steps; none: images stay as they are
     """
 
     epochs: int
@@ -80,6 +82,7 @@ class Schedule:
     flip: bool = False
     channels_last: bool = False
     bfloat16: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 TWO_EPOCH = Schedule(epochs=2, batch_size=4, learning_rate=0.001)
@@ -100,8 +103,8 @@ BEST_DIGITS = replace(BEST, epochs=30, batch_size=32, learning_rate=0.01, averag
 SCHEDULES = ("two-epoch", "best")
 RESIDUAL = Schedule(
     epochs=60,
-    batch_size=128,
-    learning_rate=0.2,
+    batch_size=64,
+    learning_rate=0.1,
     nesterov=True,
     weight_decay=5e-4,
     warmup=0.15,
@@ -110,13 +113,17 @@ RESIDUAL = Schedule(
     flip=True,
     channels_last=True,
     bfloat16=True,
+    sizes=(16, 16, 24, 24, 24, 24, 32, 32),
 )
-DEPTHWISE = replace(RESIDUAL, learning_rate=0.1, weight_decay=2e-4, bfloat16=False)
+"""Small images first: an epoch takes 0.6 of the time. Hoffer et al.: Mix & Match: training convnets
+with mixed image sizes (2019). ResNet-20 then has 82.0 % after 8 epochs, in the time in which 5
+epochs of whole images give it 79.1 %."""
+DEPTHWISE = replace(RESIDUAL, weight_decay=2e-4)
 NETWORK_SCHEDULES: Mapping[str, Schedule] = {
-    "resnet8": RESIDUAL,
-    "resnet20": replace(RESIDUAL, epochs=36),
-    "mobilenetv2": replace(DEPTHWISE, epochs=30, bfloat16=True),
-    "mobilenetv3": replace(DEPTHWISE, epochs=24),
+    "resnet8": replace(RESIDUAL, epochs=100),
+    "resnet20": RESIDUAL,
+    "mobilenetv2": replace(DEPTHWISE, epochs=36),
+    "mobilenetv3": replace(DEPTHWISE, epochs=36, bfloat16=False),
 }
 """As many epochs as take about an hour on two cores; where bfloat16 is slower, it is not used: the
 backward pass of a depthwise 5x5 convolution takes four times as long in it."""
@@ -165,7 +172,7 @@ def train(
 
     A loss that is not finite raises `IntactError`.
     """
-    with _threads(threads):
+    with _threads(threads), _without_strides(model):
         run = _Run(model, dataset, schedule, seed, threads)
         path = None if checkpoint is None else Path(checkpoint)
         first = run.restore(path) if resume and path is not None and path.exists() else 0
@@ -197,7 +204,7 @@ class _Run:
         self.steps = math.ceil(len(dataset.train_images) / schedule.batch_size)
         # A run is determined by these; only a run that agrees in all of them may be resumed.
         self.settings = {
-            "schedule": asdict(schedule),
+            "schedule": _as_json(schedule),
             "seed": seed,
             "threads": threads,
             "dataset": dataset.sha256,
@@ -248,6 +255,10 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.schedule, number, total)
         self.optimizer.zero_grad()
+        if self.schedule.sizes:
+            side = self.schedule.sizes[number * len(self.schedule.sizes) // total]
+            if side != x.shape[-1]:
+                x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
         if self.schedule.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.schedule.bfloat16):
@@ -303,6 +314,12 @@ class _Run:
         for name, tensor in wanted.items():
             tensor.copy_(given[name])
         return epochs
+
+
+def _as_json(schedule: Schedule) -> dict[str, Any]:
+    """The fields of a schedule as they come back from a JSON file."""
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(schedule)))
+    return fields
 
 
 def _layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -507,6 +524,32 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], int, dict[str, torch.T
         raise StorageError(
             f"{path} is not a checkpoint that can be read ({error}). Start without resuming."
         ) from error
+
+
+@contextmanager
+def _without_strides(model: nn.Module) -> Iterator[None]:
+    """Let depthwise convolutions with a stride compute all outputs, and drop those in between.
+
+    The numbers are the same. oneDNN has no fast backward pass of a strided one in bfloat16: it
+    takes several times as long as that of all outputs.
+    """
+    changed = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.stride != (1, 1):
+            changed.append((module, module.stride, module.register_forward_hook(_every(module))))
+            module.stride = (1, 1)
+    try:
+        yield
+    finally:
+        for module, stride, hook in changed:
+            hook.remove()
+            module.stride = stride
+
+
+def _every(conv: nn.Conv2d) -> Callable[[nn.Module, object, torch.Tensor], torch.Tensor]:
+    """A hook that keeps of all outputs those that the convolution's stride reaches."""
+    vertical, horizontal = conv.stride
+    return lambda _module, _inputs, y: y[:, :, ::vertical, ::horizontal]
 
 
 @contextmanager

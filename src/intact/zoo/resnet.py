@@ -95,7 +95,7 @@ class ResNet8(nn.Module):
         self.block1 = Block(16, 16, 1, norm=False)
         self.block2 = Block(16, 32, 2, norm=False)
         self.block3 = Block(32, 64, 2, norm=False)
-        self.pool = nn.AvgPool2d(8)
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, CLASSES)
         _initialise(self)
 
