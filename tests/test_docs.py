@@ -176,7 +176,7 @@ def test_the_pages_name_every_field_and_every_rule():
         assert f"| `{kind}` |" in PAGES["certificate.md"], kind
     source = (DOCS.parent / "src/intact/diagnosis.py").read_text(encoding="utf-8")
     rules = set(re.findall(r'Finding\(\s*"([\w-]+)"', source))
-    assert len(rules) == 10
+    assert len(rules) == 11
     for rule in rules:
         assert f"`{rule}`" in PAGES["guide.md"], rule
 

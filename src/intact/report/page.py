@@ -49,6 +49,7 @@ _RULES = {
     "dead-channels": "Constant channels",
     "few-codes": "Few codes in use",
     "few-images": "Few calibration images",
+    "guessing": "No better than guessing",
     "noisy": "Noise",
     "one-sided": "One-sided values",
     "saturating": "Saturation",
