@@ -242,7 +242,7 @@ def test_boundaries_are_found_for_every_layer_that_accumulates(everything):
 def test_engines_that_take_floats_get_floats_of_every_kind(everything):
     engines = dict.fromkeys(r.engine for r in everything.floats)
     assert [(r.engine, r.kind) for r in everything.floats] == [
-        (name, kind) for name in engines for kind in FLOAT_KINDS
+        (name, kind) for name in engines for kind in FLOAT_KINDS if kind != "stand-in"
     ]
     for each in everything.floats:
         # The scale is a power of two: so nobody may differ, ties or not.
@@ -603,7 +603,7 @@ def test_only_where_the_scale_is_no_power_of_two_may_floats_next_to_a_tie_differ
     monkeypatch.setattr(certifying, "float_configurations", lambda: (float_engine(quantize),))
     certificate = certify(network(scale=scale))
     ties = certificate.floats[-1]
-    assert [r.kind for r in certificate.floats] == list(FLOAT_KINDS)
+    assert [r.kind for r in certificate.floats] == ["data", "random", "ties"]
     assert ties.tolerated is tolerated
     assert certificate.ok is ok
     assert [r.different for r in certificate.floats[:2]] == [0, 0]

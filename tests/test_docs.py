@@ -38,7 +38,10 @@ from intact.report import Report
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
-LONG = re.compile(r"intact (certify \S+|(train|.*--(data cifar10|data folder|weights|recipe)) .*)")
+LONG = re.compile(
+    r"intact (certify .*|(evaluate|run) net/.*"
+    r"|(train|.*--(data cifar10|data folder|weights|recipe)) .*)"
+)
 
 
 class Block(NamedTuple):
