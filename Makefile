@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 demo: .venv/.installed
 	$(BIN)/intact lenet --data digits -o demo
-	$(BIN)/intact certify demo/program.safetensors
+	$(BIN)/intact certify demo/program.safetensors --data digits
 	@echo "Open $(CURDIR)/demo/report.html in a browser."
 
 test: lint

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from PIL import Image
 
 import intact
 from blocks import BLOCKS
@@ -31,6 +32,7 @@ from intact.certificate import (
     certificate_table,
 )
 from intact.configurations import Configuration, FloatConfiguration, configurations, select
+from intact.data import to_input
 from intact.engines import onnxruntime, openvino, reference
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, IntactError, ProgramError, StorageError
@@ -41,7 +43,6 @@ from intact.ops import (
     Linear,
     MaxPool2d,
     Multiply,
-    Requantize,
     Reshape,
     Slice,
     Subtract,
@@ -135,7 +136,13 @@ def changed(name: str, step: int, index: int = 0) -> Callable[[Program], Program
 
 
 def certify(program: Program = PROGRAM, **options) -> Certificate:
-    return intact.certify(program, **{"engines": QUICK, "samples": 40, **options})
+    real = {"inputs": drawn(program)} if "inputs" not in options else {}
+    return intact.certify(program, **{"engines": QUICK, "samples": 40, **real, **options})
+
+
+def drawn(program: Program) -> np.ndarray:
+    """What passes for real inputs here."""
+    return certifying.stand_ins(program)[0]
 
 
 def result(certificate: Certificate, name: str) -> EngineResult:
@@ -149,7 +156,7 @@ def result(certificate: Certificate, name: str) -> EngineResult:
 @pytest.fixture(scope="module")
 def everything() -> Certificate:
     """The program on all that this machine has."""
-    return intact.certify(PROGRAM, samples=40)
+    return intact.certify(PROGRAM, drawn(PROGRAM), samples=40)
 
 
 def test_every_setting_of_every_engine_here_gives_the_same_codes(everything):
@@ -167,7 +174,7 @@ def test_every_layer_is_compared_on_every_kind_of_input(everything):
     """Where an engine fuses, what it does not store cannot be seen: of that it shows the result."""
     size = {op.name: int(np.prod(PROGRAM.tensors[op.name].shape)) for op in PROGRAM.ops}
     samples = {inputs.kind: inputs.samples for inputs in everything.inputs}
-    assert list(samples) == [kind for kind in KINDS if kind not in ("products", "entries")]
+    assert list(samples) == [k for k in KINDS if k not in ("stand-in", "products", "entries")]
     assert samples["data"] == samples["random"] == 40
     assert samples["sums"] == 1
     torch = result(everything, "torch")
@@ -235,7 +242,7 @@ def test_boundaries_are_found_for_every_layer_that_accumulates(everything):
 def test_engines_that_take_floats_get_floats_of_every_kind(everything):
     engines = dict.fromkeys(r.engine for r in everything.floats)
     assert [(r.engine, r.kind) for r in everything.floats] == [
-        (name, kind) for name in engines for kind in FLOAT_KINDS
+        (name, kind) for name in engines for kind in FLOAT_KINDS if kind != "stand-in"
     ]
     for each in everything.floats:
         # The scale is a power of two: so nobody may differ, ties or not.
@@ -272,7 +279,7 @@ def test_samples_are_spread_over_all_that_were_given():
 
 def test_a_large_program_gets_fewer_samples_and_the_certificate_says_so(monkeypatch):
     monkeypatch.setattr(certifying, "WORK", 10 * sum(map(PROGRAM.macs, PROGRAM.ops)))
-    certificate = intact.certify(PROGRAM, engines=QUICK)
+    certificate = intact.certify(PROGRAM, drawn(PROGRAM), engines=QUICK)
     assert certificate.inputs[0].samples == 10
     (note,) = certificate.notes
     assert "at most 10 samples" in note
@@ -303,16 +310,23 @@ def test_any_program_can_be_certified(program):
     assert {c.layer for c in certificate.engines[0].counts} == {op.name for op in program.ops}
 
 
-def test_where_no_data_is_given_digits_are_taken_if_they_fit_else_floats_that_fill_the_range():
-    b = Builder.start((3, 32, 32), QParams((2.0**-7,)))
-    b.rescaled(Requantize("same", ("x",)), QParams((2.0**-6,)))
-    x, words = certifying.default_inputs(b.finish())
-    assert x.shape[1:] == (3, 32, 32)
-    assert "digits" in words
-    x, words = certifying.default_inputs(PROGRAM)
-    assert "in place of real data" in words
-    codes = PROGRAM.quantize_input(x)
-    assert len(np.unique(codes)) > 200
+def test_where_no_data_is_given_random_floats_take_its_place_under_a_name_of_their_own():
+    certificate = intact.certify(PROGRAM, engines=[*QUICK, "onnxruntime"], samples=5)
+    first, *others = certificate.inputs
+    words = "random floats, normally distributed over the input's range, -1 to 0.9922"
+    assert (first.kind, first.description, first.samples) == ("stand-in", words, 5)
+    kinds = {i.kind for i in others} | {c.kind for e in certificate.engines for c in e.counts}
+    kinds |= {result.kind for result in certificate.floats}
+    assert "data" not in kinds
+    assert "stand-in" in kinds
+    (note,) = certificate.notes
+    assert note.startswith(f"No real inputs were given. In their place are {words}; --data")
+    assert certificate.ok
+    assert Certificate.from_json(certificate.to_json()) == certificate
+    x, _ = certifying.stand_ins(PROGRAM)
+    assert len(np.unique(PROGRAM.quantize_input(x))) > 200
+    codes = PROGRAM.quantize_input(x[[0, 250, 500, 749, 999]])
+    assert first.sha256 == hashlib.sha256(codes.tobytes()).hexdigest()
 
 
 # -- it can fail ---------------------------------------------------------------------------------
@@ -589,7 +603,7 @@ def test_only_where_the_scale_is_no_power_of_two_may_floats_next_to_a_tie_differ
     monkeypatch.setattr(certifying, "float_configurations", lambda: (float_engine(quantize),))
     certificate = certify(network(scale=scale))
     ties = certificate.floats[-1]
-    assert [r.kind for r in certificate.floats] == list(FLOAT_KINDS)
+    assert [r.kind for r in certificate.floats] == ["data", "random", "ties"]
     assert ties.tolerated is tolerated
     assert certificate.ok is ok
     assert [r.different for r in certificate.floats[:2]] == [0, 0]
@@ -832,12 +846,23 @@ def test_inputs_of_ones_own_are_certified(folder, tmp_path):
     np.save(tmp_path / "x.npy", x)
     program = folder / "program.safetensors"
     options = ("--engines", "torch", "-o", tmp_path / "c.json")
-    assert intact_("certify", program, "--inputs", tmp_path / "x.npy", *options).code == 0
+    assert intact_("certify", program, "--data", tmp_path / "x.npy", *options).code == 0
     data = Certificate.from_json((tmp_path / "c.json").read_text("utf-8")).inputs[0]
-    assert (data.samples, data.description) == (4, "x.npy, given")
+    assert (data.samples, data.description) == (4, "x.npy")
+    codes = intact.load(program).quantize_input(x)
+    assert (data.kind, data.sha256) == ("data", hashlib.sha256(codes.tobytes()).hexdigest())
     assert intact_("certify", program, "--data", "digits", "--samples", 9, *options).code == 0
     data = Certificate.from_json((tmp_path / "c.json").read_text("utf-8")).inputs[0]
     assert (data.samples, data.description) == (9, "digits, test images")
+    Image.fromarray(np.full((9, 7, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    assert intact_("certify", program, "--data", tmp_path / "a.png", *options).code == 0
+    data = Certificate.from_json((tmp_path / "c.json").read_text("utf-8")).inputs[0]
+    pixels = to_input(np.full((1, 3, 32, 32), 200, np.uint8))
+    codes = intact.load(program).quantize_input(pixels)
+    assert data.sha256 == hashlib.sha256(codes.tobytes()).hexdigest()
+    plain = intact_("certify", program, "--samples", 2, *options)
+    assert plain.out.splitlines()[2].split()[0] == "stand-in"
+    assert "note: No real inputs were given. In their place are random floats" in plain.out
 
 
 @pytest.mark.parametrize(
@@ -845,9 +870,10 @@ def test_inputs_of_ones_own_are_certified(folder, tmp_path):
     [
         (["-o", "folder"], 1, "folder is a folder. Name a file in it"),
         (["-o", "/dev/null/c.json"], 1, "/dev/null is a file, not a folder"),
-        (["--inputs", "empty.npy"], 1, "empty.npy holds no samples"),
-        (["--data", "digits", "--inputs", "empty.npy"], 2, "give one of them"),
+        (["--data", "empty.npy"], 1, "empty.npy: there are no samples"),
+        (["--data", "x.npy", "--preset", "unit"], 1, "leave --preset out"),
         (["--data-dir", "folder"], 2, "give --data too"),
+        (["--crop", "32"], 2, "give --data too"),
         (["--engines", ","], 2, "--engines takes names with commas between them"),
     ],
 )
@@ -857,6 +883,7 @@ def test_wrong_usage_is_refused_before_anything_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     np.save("empty.npy", np.zeros((0, 3, 32, 32), np.float32))
+    np.save("x.npy", np.zeros((1, 3, 32, 32), np.float32))
     monkeypatch.setattr(certifying, "configurations", lambda: pytest.fail("it has begun"))
     ran = intact_("certify", folder / "program.safetensors", *options)
     assert (ran.code, ran.out) == (code, "")

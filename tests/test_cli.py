@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 import intact
 from cli_harness import FILES, STAGES, Ran, intact_
 from intact import training
-from intact.data import load_dataset
+from intact.data import load_dataset, to_input
+from intact.data.carried import carried_by
 from intact.recipe import PRESETS
 from intact.zoo import LeNet
 
@@ -259,6 +260,7 @@ def test_inspect_shows_every_op_in_full(demo):
     program = intact.load(path)
     assert program.sha256 in ran.out
     assert "…" in ran.out.split("conv1")[1].split("pool1")[0]  # a range of multipliers
+    assert "images: resized to 32×32 (bilinear), RGB, mean 0.5, std 0.5" in ran.out
     lines = ran.out.splitlines()[-9:]
     assert max(map(len, lines)) <= 80
     names = [program.input, *(op.name for op in program.ops)]
@@ -277,6 +279,7 @@ def test_inspect_as_json_holds_what_the_program_says(demo):
     assert facts["sha256"] == program.sha256
     assert facts["bytes"] == path.stat().st_size
     assert facts["info"] == dict(program.info)
+    assert facts["images"] == carried_by(program).words()
     assert [op["name"] for op in facts["ops"]] == [op.name for op in program.ops]
     for op in facts["ops"]:
         grid = program.tensors[op["name"]].qparams
@@ -289,12 +292,15 @@ def test_inspect_as_json_holds_what_the_program_says(demo):
 @pytest.mark.parametrize("engine", ["auto", "reference", "torch"])
 def test_evaluate_finds_what_the_integer_stage_found(demo, results, engine):
     path = demo[0] / "program.safetensors"
-    ran = intact_("evaluate", path, "--engine", engine, "--json")
+    ran = intact_("evaluate", path, "--data", "digits", "--engine", engine, "--json")
     assert (ran.code, ran.err) == (0, "")
     integer = results["stages"][-1]
+    digits = load_dataset("digits")
+    inputs = hashlib.sha256(to_input(digits.test_images).tobytes()).hexdigest()
+    labels = hashlib.sha256(digits.test_labels.astype("<i8").tobytes()).hexdigest()
     assert json.loads(ran.out) == {
         "program": results["program"]["sha256"],
-        "data": {"name": "digits", "sha256": results["data"]["sha256"]},
+        "data": {"name": "digits, test images", "sha256": {"test": inputs, "labels": labels}},
         "engine": engine,
         **{key: integer[key] for key in ("correct", "total", "accuracy", "interval")},
     }
@@ -302,7 +308,7 @@ def test_evaluate_finds_what_the_integer_stage_found(demo, results, engine):
 
 def test_evaluate_says_so_in_words(demo, results):
     correct = results["stages"][-1]["correct"]
-    ran = intact_("evaluate", demo[0] / "program.safetensors")
+    ran = intact_("evaluate", demo[0] / "program.safetensors", "--data", "digits")
     assert ran.out.startswith(f"{correct / 5:.1f} % ({correct} of 500), 95 % interval ")
 
 
@@ -349,7 +355,8 @@ def test_a_damaged_program_is_refused(demo, tmp_path, command, damage):
         path.mkdir()
     elif damage != "missing":
         path.write_bytes(data[: {"truncated": 5000, "empty": 0}.get(damage, len(data))])
-    refused(rf"{path}", command, path)
+    data = ["--data", "digits"] if command == "evaluate" else []
+    refused(rf"{path}", command, path, *data)
 
 
 def test_data_that_does_not_fit_a_program_is_refused(tmp_path):
@@ -357,11 +364,14 @@ def test_data_that_does_not_fit_a_program_is_refused(tmp_path):
     small = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     path = tmp_path / "small.safetensors"
     intact.quantize(small, [torch.randn(8, 3, 2, 2)]).save(path)
-    refused("tells 3 classes apart, but digits has 10. Evaluate it on", "evaluate", path)
-    data = paint(tmp_path / "images", classes=3)
     refused(
-        r"takes batches of shape \[N, 3, 2, 2\], not \[3, 3, 32, 32\]",
-        "evaluate", path, "--data", "folder", "--data-dir", data,
+        "tells 3 classes apart, but digits, test images has 10. Evaluate it on",
+        "evaluate", path, "--data", "digits",
+    )  # fmt: skip
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 3, 32, 32), np.float32), y=np.arange(3))
+    refused(
+        r"holds samples of shape \[3, 32, 32\], but the network takes \[3, 2, 2\]",
+        "evaluate", path, "--data", tmp_path / "x.npz",
     )  # fmt: skip
 
 
@@ -474,6 +484,7 @@ def test_a_folder_that_cannot_be_made_is_refused(bad):
         ("give one", ["lenet", "--train", "--weights", "w.safetensors"]),
         ("'fast' is not one of", ["train", "lenet", "--schedule", "fast"]),
         ("'gpu' is not one of", ["evaluate", "p.safetensors", "--engine", "gpu"]),
+        ("Missing option '--data'", ["evaluate", "p.safetensors"]),
         ("Missing argument", ["inspect"]),
         ("unexpected extra argument", ["inspect", "a", "b"]),
     ],

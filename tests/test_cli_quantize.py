@@ -23,6 +23,8 @@ import intact
 from cli_harness import FILES, STAGES, Ran, intact_
 from intact.cli.check import clamp_words
 from intact.data import load_dataset, to_input
+from intact.data.carried import KEY
+from intact.data.preprocessing import Preprocessing
 from intact.engines.reference import ReferenceEngine
 from intact.zoo import NETWORKS, LeNet
 
@@ -61,6 +63,7 @@ def here(tmp_path_factory) -> Iterator[Path]:
     save(export(net, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=({0: Dim("n")},)), "net.pt2")
     digits = load_dataset("digits")
     np.save("x.npy", to_input(digits.test_images[:50]))
+    np.save("last.npy", to_input(digits.test_images[:9]).transpose(0, 2, 3, 1))
     np.savez("xy.npz", x=to_input(digits.test_images[:50]), y=digits.test_labels[:50])
     for i, pixels in enumerate(digits.train_images[:6]):
         path = folder / "photos" / f"class{i % 2}" / f"{i}.png"
@@ -187,18 +190,28 @@ def test_with_pixels_the_program_takes_them_as_they_are(here):
     assert program.takes_pixels
     images = load_dataset("digits").test_images
     assert program.codes(images).shape == (len(images), 10)
-    evaluated = intact_("evaluate", "p/program.safetensors", "--json")
+    evaluated = intact_("evaluate", "p/program.safetensors", "--data", "digits", "--json")
     right = program.codes(images).argmax(1) == load_dataset("digits").test_labels
     assert json.loads(evaluated.out)["correct"] == int(right.sum())
     shown = intact_("run", "p/program.safetensors", "photos", "--json")
     assert json.loads(shown.out)[0]["input"] == "class0/0.png"
+    wrong = intact_("run", "p/program.safetensors", "photos", "--mean", "0.5")
+    assert "takes pixels as they are, with their normalisation inside: leave --mean" in wrong.err
+    resized = intact_("run", "p/program.safetensors", "photos", "--resize", 36, "--json")
+    assert "note: with --resize images are shorter side resized to 36" in resized.err
+    as_made = Preprocessing(resize=36, mean=(0,), std=(1,), normalise=False)
+    pixels = [
+        as_made.pixels(Image.open(path), (3, 32, 32))
+        for path in sorted(Path("photos").rglob("*.png"))
+    ]
+    assert [p["output"] for p in json.loads(resized.out)] == program.run(np.stack(pixels)).tolist()
 
 
 def test_pixels_need_to_be_pixels_and_a_normalisation(here):
     ran = quantize("--data", "photos", "--pixels", "--input-shape", "3,32,32", "-o", "none")
     assert "how the network wants pixels normalised is not known" in ran.err
     ran = quantize("--data", "x.npy", "--pixels", "--preset", "signed", "-o", "none")
-    assert "no pixels, whole numbers from 0 to 255" in ran.err
+    assert "x.npy holds values that are no pixels, whole numbers from 0 to 255" in ran.err
     assert not (here / "none").exists()
 
 
@@ -207,6 +220,100 @@ def test_data_that_was_normalised_otherwise_is_noticed(here):
     common = ("--calibration-data", "x.npy", "--calibration", 40, "-o", "other")
     assert "warning: unit.npy reaches from 0 to 1" in quantize("--data", "unit.npy", *common).out
     assert "warning" not in quantize("--data", "x.npy", *common).out
+
+
+RESIZED = ("--preset", "imagenet", "--resize", 36, "--crop", 32)
+SOURCES = {
+    "digits": ("digits", ()),
+    "digits otherwise": ("digits", ("--preset", "unit")),
+    "arrays": ("xy.npz", ()),
+    "pixels": ("pixels.npz", ("--mean", "0.4,0.5,0.6", "--std", "0.25")),
+    "folders": ("photos", RESIZED),
+    "no normalisation": ("photos", (*RESIZED, "--pixels")),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_the_accuracy_of_evaluate_is_that_of_the_last_stage_without_saying_how(here, case):
+    """The number that was measured is the number of the program on the same data, exactly."""
+    digits = load_dataset("digits")
+    np.savez("pixels.npz", x=digits.test_images[:40], y=digits.test_labels[:40])
+    source, how = SOURCES[case]
+    common = ("--input-shape", "3,32,32", "--calibration", 20, "--samples", 30)
+    ran = quantize("--data", source, *how, *common, "-o", "same")
+    assert ran.code == 0, ran.err
+    measured = results(here / "same")
+    last = measured["stages"][-1]
+    ran = intact_(
+        "evaluate", "same/program.safetensors", "--data", source, "--samples", 30, "--json"
+    )
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["program"] == measured["program"]["sha256"]
+    for key in ("correct", "total", "accuracy", "interval"):
+        assert found[key] == last[key], key
+    assert found["data"]["sha256"]["test"] == measured["data"]["sha256"]["test"]
+    assert found["data"]["sha256"]["labels"] == measured["data"]["sha256"]["labels"]
+    assert "note:" not in ran.err
+    shown = intact_("run", "same/program.safetensors", source, "--samples", 30, "--json")
+    predicted = np.load("same/predictions.npz")["integer"]
+    assert [p["class"] for p in json.loads(shown.out)] == predicted.tolist()
+
+
+def test_other_images_than_those_that_were_measured_are_seen_in_the_hashes(here, labelled):
+    folder, _ = labelled
+    common = (
+        "evaluate",
+        folder / "program.safetensors",
+        "--data",
+        "digits",
+        "--samples",
+        60,
+        "--json",
+    )
+    same, other = (json.loads(intact_(*common, *how).out) for how in ((), ("--preset", "unit")))
+    sha256 = results(folder)["data"]["sha256"]
+    assert same["data"]["sha256"]["test"] == sha256["test"] != other["data"]["sha256"]["test"]
+    assert other["data"]["sha256"]["labels"] == sha256["labels"]
+
+
+def test_a_program_made_of_floats_carries_nothing_and_asks_for_images(here):
+    assert quantize("--data", "xy.npz", "-o", "floats").code == 0
+    assert KEY not in intact.load("floats/program.safetensors").info
+    for command in (["evaluate", "--data"], ["certify", "--data"], ["run"]):
+        ran = intact_(command[0], "floats/program.safetensors", *command[1:], "photos")
+        assert (ran.code, ran.out) == (1, "")
+        assert "Say how: `preprocessing`" in ran.err
+        assert "on the command line --preset, or --mean and --std" in ran.err
+    # The built-in data sets know how they are normalised.
+    ran = intact_("evaluate", "floats/program.safetensors", "--data", "digits", "--json")
+    assert (ran.code, json.loads(ran.out)["total"]) == (0, 500)
+
+
+def test_evaluate_doubts_classes_that_are_not_the_networks_and_chance(here, labelled):
+    program = labelled[0] / "program.safetensors"
+    ran = intact_("evaluate", program, "--data", "photos")
+    said = " ".join(ran.err.split())
+    assert "warning: images of photos has 2 classes, but the network has 10 outputs" in said
+    digits = load_dataset("digits")
+    x = to_input(digits.test_images)
+    right = intact.load(program).codes(x).argmax(1)
+    np.savez("right.npz", x=x, y=right)
+    np.savez("shifted.npz", x=x, y=(right + 1) % 10)
+    ran = intact_("evaluate", program, "--data", "right.npz")
+    assert (ran.out[:8], ran.err) == ("100.0 % ", "")
+    ran = intact_("evaluate", program, "--data", "shifted.npz")
+    assert "warning: guessing among 10 classes is right as often, p = 1." in ran.err
+    assert ran.out.startswith("0.0 % (0 of 500)")
+
+
+def test_a_float_network_that_only_guesses_is_called_a_problem(here):
+    digits = load_dataset("digits")
+    np.savez("wrong.npz", x=to_input(digits.test_images), y=(digits.test_labels + 5) % 10)
+    ran = quantize("--data", "wrong.npz", "-o", "guessing")
+    rules = [finding["rule"] for finding in results(here / "guessing")["diagnosis"]]
+    assert ("guessing" in rules) == ("problem: The float network is right on" in ran.out)
+    assert "guessing" in rules
 
 
 def test_an_exported_program_gives_the_same_program(labelled, here):
@@ -270,6 +377,10 @@ def test_a_folder_with_two_parts_is_not_calibrated_on_what_is_measured(here):
         ("none.pt does not exist", ["--weights", "none.pt", "--data", "x.npy"]),
         ("none is not there. Name a folder", ["--data", "none"]),
         ("photos holds images, which must become", ["--data", "photos"]),
+        ("photos holds images.*--preset, or --mean and --std", ["--data", "photos"]),
+        ("leave --mean and --std out", ["--data", "x.npy", "--mean", "0", "--std", "1"]),
+        ("leave --preset out", ["--data", "xy.npz", "--preset", "unit"]),
+        ("The channels come last: move .*Output size is too small", ["--data", "last.npy"]),
         ("said only in part: give --preset, or both", ["--data", "photos", "--mean", "0.5"]),
         ("said only in part: give --preset, or both", ["--data", "photos", "--crop", "32"]),
         ("'labs' is neither a preset", ["--data", "x.npy", "--recipe", "labs"]),

@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_shape_is_said(given, expected, hint):
 
 
 def test_pixels_are_not_taken_for_floats():
-    with pytest.raises(DataError, match=r"uint8, which looks like pixels.* Name the preprocessing"):
+    with pytest.raises(DataError, match=r"uint8, which looks like pixels.* Say how: .*--preset"):
         check_floats(np.dtype(np.uint8), "x")
     for dtype in (np.int8, np.int64, np.bool_, np.complex64):
         with pytest.raises(DataError, match="but the network takes floats"):

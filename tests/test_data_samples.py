@@ -151,7 +151,7 @@ def test_images_are_preprocessed_as_asked(tree, pixels):
 
 def test_images_without_preprocessing_are_refused(tree):
     message = refused(tree)
-    assert "name the preprocessing, imagenet, caffe, signed, unit or one of your own" in message
+    assert "on the command line --preset, or --mean and --std" in message
 
 
 def test_any_number_of_processes_gives_the_same_bits_in_the_same_order(tmp_path):
@@ -492,3 +492,40 @@ def test_reading_files_needs_no_torch(tmp_path, x):
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
+
+
+# -- files that cannot be read --------------------------------------------------------------------
+
+
+def test_a_file_that_is_no_array_or_a_pickle_is_refused(tmp_path):
+    for content in (b"", b"\x93NUMPY", b"PK\x03\x04", b"[1, 2]"):
+        (tmp_path / "x.npy").write_bytes(content)
+        assert "cannot be read as an array" in refused(tmp_path / "x.npy")
+    np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
+    for file in ("x.npy", "o.npy"):  # NumPy itself would recommend to load what may run code
+        message = refused(tmp_path / file)
+        assert "cannot be read as an array: it holds no numbers." in message
+        assert "pickle" not in message
+    assert "as an array: no such file or directory." in refused(tmp_path / "none.npy")
+
+
+def test_a_damaged_array_is_refused(tmp_path):
+    file = tmp_path / "x.npy"
+    np.save(file, np.zeros((2, 3, 6, 8), np.float32))
+    whole = file.read_bytes()
+    shape = b"(2, 3, 6, 8), "
+    for damaged in (whole[:-1], whole.replace(shape, b"(%d,)" % 10**10 + b" ")):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        assert "cannot be read as an array" in refused(file)
+    packed = tmp_path / "x.npz"
+    np.savez_compressed(packed, np.random.default_rng(0).normal(size=(50, 3, 6, 8)))
+    content = bytearray(packed.read_bytes())
+    content[2000:2400] = bytes(400)
+    packed.write_bytes(content)
+    assert "cannot be read as an array" in refused(packed)
+
+
+def test_an_archive_must_hold_one_array(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros(1), b=np.zeros(1))
+    assert "holds 2 arrays (a, b): give a file with one" in refused(tmp_path / "x.npz")

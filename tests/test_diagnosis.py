@@ -28,6 +28,7 @@ RULES = {"accuracy", "few-images", "one-sided", "channel-spread", "outliers", "s
     "few-codes",
     "noisy",
     "accumulators",
+    "guessing",
 }
 
 
@@ -433,6 +434,33 @@ def addition(like: LayerAnalysis, operand: LayerAnalysis) -> LayerAnalysis:
     )  # fmt: skip
 
 
+# -- guessing --------------------------------------------------------------------------------------
+
+
+def labelled(net: Network, labels: torch.Tensor) -> list[Finding]:
+    x = inputs()
+    q = quantize_network(net, [x], DEFAULT)
+    analysis = analyse(q.network, q.program, q.sketches, DEFAULT, [x])
+    return list(diagnose(analysis, measure(q.network, q.program, [(x, labels)]), PLENTY))
+
+
+def test_a_float_network_no_better_than_guessing_is_a_problem_whatever_else_is_right():
+    net = network()
+    with torch.inference_mode():
+        right = net(inputs()).argmax(1)
+    assert "guessing" not in rules(labelled(net, right))
+    shifted = only(labelled(net, (right + 3) % 10), "guessing")
+    assert shifted.severity == "problem"
+    assert "right on 0 of 300 images, and guessing among 10 classes" in shifted.message
+    assert "at least as often right with p = 1:" in shifted.message
+    # 42 of 300 is more than guessing reaches in 19 of 20 cases, 38 is not.
+    few = (right + 3) % 10
+    few[:38] = right[:38]
+    assert "guessing" in rules(labelled(net, few))
+    few[:42] = right[:42]
+    assert "guessing" not in rules(labelled(net, few))
+
+
 # -- noise, accumulators ---------------------------------------------------------------------------
 
 
@@ -460,6 +488,19 @@ def test_a_layer_is_not_blamed_for_the_noise_that_it_is_given():
     assert (
         only(diagnose(replace(noisy, input=clean_input), results, PLENTY), "noisy").layer == "last"
     )
+
+
+def test_no_layer_is_blamed_for_a_tenth_of_a_decibel():
+    analysis, results = run(network(), DEFAULT)
+    layers = tuple(replace(layer, sqnr_db=12.0) for layer in analysis.layers)
+    given = replace(analysis.input, sqnr_db=12.1)
+    finding = only(
+        diagnose(replace(analysis, input=given, layers=layers), results, PLENTY), "noisy"
+    )
+    assert finding.layer == ""
+    assert "No layer is to blame: the largest step down, hidden, is 0.1 dB" in finding.message
+    assert "The codes of the input alone leave 12.1 dB" in finding.message
+    assert "the input more bits" in finding.advice
 
 
 def test_a_clear_result_is_not_called_noisy():

@@ -38,7 +38,10 @@ from intact.report import Report
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
-LONG = re.compile(r"intact (certify \S+|(train|.*--(data cifar10|data folder|weights|recipe)) .*)")
+LONG = re.compile(
+    r"intact (certify .*|(evaluate|run) net/.*"
+    r"|(train|.*--(data cifar10|data folder|weights|recipe)) .*)"
+)
 
 
 class Block(NamedTuple):
@@ -176,7 +179,7 @@ def test_the_pages_name_every_field_and_every_rule():
         assert f"| `{kind}` |" in PAGES["certificate.md"], kind
     source = (DOCS.parent / "src/intact/diagnosis.py").read_text(encoding="utf-8")
     rules = set(re.findall(r'Finding\(\s*"([\w-]+)"', source))
-    assert len(rules) == 10
+    assert len(rules) == 11
     for rule in rules:
         assert f"`{rule}`" in PAGES["guide.md"], rule
 

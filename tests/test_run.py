@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +15,24 @@ from PIL import Image
 from torch import nn
 
 import intact
+from cli_harness import Ran, intact_
 from intact import inference
 from intact.arithmetic import dequantize
+from intact.capturing import capture
 from intact.cli.options import EngineChoice
 from intact.data import to_input
-from intact.data.folder import find_images, read_images
-from intact.data.preprocessing import PRESETS
+from intact.data.carried import carried_by, info_of
+from intact.data.folder import find_images
+from intact.data.preprocessing import PRESETS, Preprocessing
+from intact.data.samples import Samples
+from intact.data.sources import open_samples
 from intact.engines import ENGINES, load_engine
 from intact.errors import DataError, ProgramError
-from intact.inference import Predictions, infer, read_inputs
-from test_cli import intact_
+from intact.inference import Predictions, evaluate, infer
+from intact.pipeline import quantize_network
+from intact.pixels import take_pixels
+from intact.recipe import Recipe
+from intact.significance import wilson_interval
 
 
 def make(shape: tuple[int, ...], layer: nn.Module) -> intact.Program:
@@ -68,13 +78,16 @@ NAMES = ("a.png", "b.png", "x/c.PNG", "x/y/d.bmp", "z.png")
 ORDER = [1, 0, 2, 3, 4]
 
 
-def predict(program: intact.Program, source: Path, **options) -> Predictions:
-    return infer(
-        program, load_engine("reference", program), read_inputs(program, source, **options)
-    )
+def opened(program: intact.Program, source: object, **options) -> Samples:
+    options = {"preprocessing": PRESETS["signed"], **options}
+    return open_samples(source, shape=program.tensors[program.input].shape, **options)
 
 
-# -- inputs --------------------------------------------------------------------------------------
+def predict(program: intact.Program, source: object, **options) -> Predictions:
+    return infer(program, load_engine("reference", program), opened(program, source, **options))
+
+
+# -- samples -------------------------------------------------------------------------------------
 
 
 def test_images_are_run_in_the_order_of_their_paths(program, folder, pixels):
@@ -84,13 +97,11 @@ def test_images_are_run_in_the_order_of_their_paths(program, folder, pixels):
     assert got.output.dtype == np.float32
 
 
-def test_slices_and_progress_do_not_change_the_result(program, folder, monkeypatch):
+def test_batches_and_progress_do_not_change_the_result(program, folder, monkeypatch):
     whole = predict(program, folder).output
-    monkeypatch.setattr(inference, "SLICE", 2)
+    monkeypatch.setattr(inference, "BATCH", 2)
     done: list[int] = []
-    inputs = read_inputs(program, folder)
-    assert [len(batch) for batch in inputs.slices()] == [2, 2, 1]
-    got = infer(program, load_engine("reference", program), inputs, done.append)
+    got = infer(program, load_engine("reference", program), opened(program, folder), done.append)
     assert np.array_equal(got.output, whole)
     assert done == [2, 4, 5]
 
@@ -101,134 +112,78 @@ def test_one_image_is_a_batch_of_one(program, folder, pixels):
     assert np.array_equal(got.output, program.run(to_input(pixels[4:])))
 
 
-def test_images_are_converted_and_resized_to_the_input(program, tmp_path):
-    gray = Image.fromarray(np.full((20, 30), 77, np.uint8))
-    gray.save(tmp_path / "gray.png")
-    expected = np.full((1, 3, 6, 8), 77, np.uint8)
-    read = read_images([tmp_path / "gray.png"], PRESETS["unit"], (3, 6, 8))
-    assert np.array_equal(read, expected)
-    assert np.array_equal(predict(program, tmp_path).output, program.run(to_input(expected)))
-
-
-def test_pixels_are_normalised_as_asked(program, folder, pixels):
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    x = (pixels[ORDER] / np.float32(255)).astype(np.float32)
-    x = (x - np.array(mean, np.float32).reshape(3, 1, 1)) / np.array(std, np.float32).reshape(
-        3, 1, 1
-    )
-    got = predict(program, folder, mean=mean, std=std)
-    assert np.array_equal(got.output, program.run(x))
-    assert not np.array_equal(got.output, predict(program, folder).output)
-    one = predict(program, folder, mean=[0.25], std=[2.0])
-    assert np.array_equal(
-        one.output, predict(program, folder, mean=[0.25] * 3, std=[2.0] * 3).output
-    )
-
-
-@pytest.mark.parametrize("kind", ["npy", "npz"])
-@pytest.mark.parametrize("codes", [False, True])
-def test_arrays_are_taken_as_they_are(program, tmp_path, kind, codes):
-    x = np.random.default_rng(0).normal(size=(7, 3, 6, 8)).astype(np.float32)
-    given = program.quantize_input(x) if codes else x
-    file = tmp_path / f"x.{kind}"
-    np.save(file, given) if kind == "npy" else np.savez(file, given)
-    got = predict(program, file)
-    assert got.names == tuple("0123456")
-    assert np.array_equal(got.output, program.run(x))
-
-
-def refused(program: intact.Program, source: Path, **options) -> str:
-    with pytest.raises((DataError, ProgramError)) as error:
-        read_inputs(program, source, **options)
-    return str(error.value)
-
-
-def test_arrays_that_do_not_fit_are_refused_before_anything_runs(program, tmp_path):
-    file = tmp_path / "x.npy"
-    for array, message in (
-        (
-            np.zeros((2, 3, 8, 8), np.float32),
-            "x.npy holds float32 [2, 3, 8, 8], but the program takes float32 [N, 3, 6, 8], normal",
-        ),
-        (np.zeros((2, 3, 8, 8), np.int8), "its network, or codes, int8 [N, 3, 6, 8]."),
-        (np.zeros((3, 6, 8), np.float32), "x.npy holds float32 [3, 6, 8], but the program takes"),
-        (np.zeros((2, 3, 6, 8), np.int64), "x.npy holds int64 [2, 3, 6, 8], but the program takes"),
-        (np.float32(1), "holds a single number"),
-    ):
-        np.save(file, array)
-        assert message in refused(program, file)
-
-
-def test_a_nan_is_refused_with_the_number_of_its_sample(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "SLICE", 4)
-    x = np.zeros((11, 3, 6, 8), np.float32)
-    x[9, 1, 2, 3] = np.nan
-    np.save(tmp_path / "x.npy", x)
-    assert "holds a NaN in sample 9, at [1, 2, 3]" in refused(program, tmp_path / "x.npy")
-
-
-def test_at_most_so_many_samples_are_taken_spread_over_all(program, tmp_path, folder):
-    x = np.arange(9, dtype=np.float32).reshape(9, 1, 1, 1) * np.ones((3, 6, 8), np.float32)
-    np.save(tmp_path / "x.npy", x)
-    got = read_inputs(program, tmp_path / "x.npy", most=3)
-    assert got.names == ("0", "4", "8")
-    assert np.array_equal(np.concatenate(list(got.slices())), x[[0, 4, 8]])
-    assert read_inputs(program, tmp_path / "x.npy", most=20).names == tuple("012345678")
-    assert read_inputs(program, folder, most=3).names == (NAMES[0], NAMES[2], NAMES[4])
-
-
-def test_a_file_that_is_no_array_or_a_pickle_is_refused(program, tmp_path):
-    for content in (b"", b"\x93NUMPY", b"PK\x03\x04", b"[1, 2]"):
-        (tmp_path / "x.npy").write_bytes(content)
-        assert "cannot be read as an array" in refused(program, tmp_path / "x.npy")
-    np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
-    for file in ("x.npy", "o.npy"):  # NumPy itself would recommend to load what may run code
-        message = refused(program, tmp_path / file)
-        assert "cannot be read as an array: it holds no numbers." in message
-        assert "pickle" not in message
-    assert "as an array: no such file or directory." in refused(program, tmp_path / "none.npy")
-
-
-def test_a_damaged_array_is_refused(program, tmp_path):
-    file = tmp_path / "x.npy"
-    np.save(file, np.zeros((2, 3, 6, 8), np.float32))
-    whole = file.read_bytes()
-    shape = b"(2, 3, 6, 8), "
-    for damaged in (whole[:-1], whole.replace(shape, b"(%d,)" % 10**10 + b" ")):
-        assert damaged != whole
-        file.write_bytes(damaged)
-        assert "cannot be read as an array" in refused(program, file)
-    packed = tmp_path / "x.npz"
-    np.savez_compressed(packed, np.random.default_rng(0).normal(size=(50, 3, 6, 8)))
-    content = bytearray(packed.read_bytes())
-    content[2000:2400] = bytes(400)
-    packed.write_bytes(content)
-    assert "cannot be read as an array" in refused(program, packed)
-
-
-def test_an_archive_must_hold_one_array(program, tmp_path):
-    np.savez(tmp_path / "x.npz", a=np.zeros(1), b=np.zeros(1))
-    assert "holds 2 arrays (a, b): give a file with one" in refused(program, tmp_path / "x.npz")
-
-
-def test_images_that_cannot_be_are_refused(program, folder, tmp_path):
-    assert "does not exist. Name a folder of images" in refused(program, tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    assert "holds no images (" in refused(program, tmp_path / "empty")
-    assert "2 numbers were given to normalise 3 channels" in refused(program, folder, mean=[0, 1])
-    assert "must be positive" in refused(program, folder, std=[1, 0, 1])
-    assert "must be finite" in refused(program, folder, mean=[float("nan")])
-    broken = folder / "broken.png"
-    broken.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"broken\.png cannot be read as an image"):
+def test_images_that_are_left_out_leave_the_others_their_names(program, folder, pixels):
+    (folder / "m.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"m\.png cannot be read as an image"):
         predict(program, folder)
+    left_out: list[str] = []
+    got = predict(program, folder, skip_corrupt=True, on_skip=left_out.append)
+    assert got.names == NAMES
+    assert np.array_equal(got.output, program.run(to_input(pixels[ORDER])))
+    assert len(left_out) == 1
 
 
-def test_a_program_that_takes_no_images_says_what_it_takes(tmp_path):
-    program = make((2, 4, 4), nn.Conv2d(2, 2, 3))
-    message = refused(program, tmp_path)
-    assert "shape [2, 4, 4], which are no images of 1 or 3 channels" in message
-    assert "float32 [N, 2, 4, 4] in a .npy file" in message
+def test_samples_of_arrays_lists_and_streams_are_called_by_their_numbers(program, tmp_path):
+    x = np.random.default_rng(0).normal(size=(7, 3, 6, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    for source in (tmp_path / "x.npy", x, list(x), (part for part in (x[:3], x[3:]))):
+        got = predict(program, source)
+        assert got.names == tuple("0123456")
+        assert np.array_equal(got.output, program.run(x))
+    few = opened(program, tmp_path / "x.npy").take(3)
+    assert [names for names, _ in few.named_batches(2)] == [("0", "3"), ("6",)]
+    assert np.array_equal(np.concatenate([x for _, x in few.named_batches(2)]), x[[0, 3, 6]])
+    first = opened(program, (part for part in (x[:3], x[3:]))).take(4)
+    assert [names for names, _ in first.named_batches(3)] == [("0", "1", "2"), ("3",)]
+
+
+def test_only_whole_pixels_go_to_a_program_that_takes_them_as_they_are(pixels):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))
+    network = take_pixels(capture(net.eval(), torch.zeros(1, 3, 6, 8)), (0.5,), (0.5,))
+    as_they_are = replace(PRESETS["signed"], normalise=False)
+    made = quantize_network(
+        network, [torch.from_numpy(pixels).float()], Recipe(), preprocessing=as_they_are
+    ).program
+    assert carried_by(made) == as_they_are.settled((3, 6, 8))
+    expected = made.run(pixels)
+    got = predict(made, pixels, preprocessing=as_they_are)
+    assert np.array_equal(got.output, expected)
+    assert np.array_equal(predict(made, pixels.astype(np.float32)).output, expected)
+    with pytest.raises(DataError, match="values that are no pixels, whole numbers from 0 to 255"):
+        predict(made, to_input(pixels))
+
+
+# -- accuracy ------------------------------------------------------------------------------------
+
+
+def test_the_accuracy_is_how_often_the_first_largest_output_is_the_label(program, monkeypatch):
+    monkeypatch.setattr(inference, "BATCH", 4)
+    x = np.random.default_rng(1).normal(size=(11, 3, 6, 8)).astype(np.float32)
+    labels = np.arange(11) % 5
+    done: list[int] = []
+    found = evaluate(
+        program, load_engine("reference", program), opened(program, (x, labels)), done.append
+    )
+    right = int((program.codes(x).argmax(1) == labels).sum())
+    assert (found.correct, found.total, done) == (right, 11, [4, 8, 11])
+    assert found.accuracy == right / 11
+    assert found.interval == wilson_interval(right, 11)
+    assert found.inputs == hashlib.sha256(x.tobytes()).hexdigest()
+    assert found.labels == hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
+
+def test_without_labels_or_with_those_of_other_classes_there_is_no_accuracy(program, tmp_path):
+    engine = load_engine("reference", program)
+    x = np.zeros((3, 3, 6, 8), np.float32)
+    with pytest.raises(DataError, match=r"has no labels.* a folder per class, or a \.npz"):
+        evaluate(program, engine, opened(program, x))
+    with pytest.raises(DataError, match=r"labels from 1 to 5.*subtract 1"):
+        evaluate(program, engine, opened(program, (x, np.array([1, 5, 2]))))
+    for i in range(6):
+        (tmp_path / str(i)).mkdir()
+        Image.new("RGB", (8, 6)).save(tmp_path / str(i) / "a.png")
+    with pytest.raises(DataError, match=r"tells 5 classes apart, but images of .* has 6"):
+        evaluate(program, engine, opened(program, tmp_path))
 
 
 def test_hidden_and_other_files_are_no_images(folder):
@@ -278,11 +233,24 @@ def test_a_text_file_has_the_bits_of_every_float(tmp_path):
 # -- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_prints_a_line_per_input_and_writes_the_outputs(path, program, folder, pixels):
+@pytest.fixture(scope="module")
+def carrying(program, tmp_path_factory) -> Path:
+    """The program, carrying how its images are prepared: not as anything else would guess."""
+    path = tmp_path_factory.mktemp("carrying") / "p.safetensors"
+    replace(program, info=info_of(IMAGENET, (3, 6, 8))).save(path)
+    return path
+
+
+IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def test_the_command_prints_a_line_per_input_and_writes_the_outputs(
+    carrying, program, folder, pixels
+):
     out = folder.parent / "new" / "predictions.npy"
-    ran = intact_("run", path, folder, "-o", out, "--engine", "torch", "--threads", 1)
-    assert ran.code == 0, ran.err
-    expected = program.run(to_input(pixels[ORDER]))
+    ran = intact_("run", carrying, folder, "-o", out, "--engine", "torch", "--threads", 1)
+    assert (ran.code, ran.err) == (0, "")
+    expected = program.run(to_input(pixels[ORDER], IMAGENET.mean, IMAGENET.std))
     assert np.array_equal(np.load(out), expected)
     lines = [line.split() for line in ran.out.splitlines()]
     assert lines[0] == ["input", "class", "output"]
@@ -291,29 +259,78 @@ def test_the_command_prints_a_line_per_input_and_writes_the_outputs(path, progra
     assert ran.out.splitlines()[-1] == f"{out}  all outputs of 5 inputs"
 
 
-def test_a_normalisation_that_nobody_gave_is_said(path, folder):
-    """Another one gives other classes, and nothing in the outputs would tell."""
-    assert "warning: pixels were normalised with mean 0.5" in intact_("run", path, folder).err
-    given = intact_("run", path, folder, "--mean", "0.5", "--std", "0.5")
-    assert (given.code, given.err) == (0, "")
-
-
-def test_json_goes_to_standard_output(path, program, folder, pixels):
-    ran = intact_("run", path, folder / "z.png", "--json", "--mean", "0.5,0.5,0.5", "--std", "0.5")
+def outputs(ran: Ran) -> np.ndarray:
     assert ran.code == 0, ran.err
-    expected = program.run(to_input(pixels[4:]))[0]
+    return np.array([prediction["output"] for prediction in json.loads(ran.out)], np.float32)
+
+
+def test_images_need_a_program_that_says_how_or_options_that_do(path, program, folder, pixels):
+    ran = intact_("run", path, folder)
+    assert (ran.code, ran.out) == (1, "")
+    assert "on the command line --preset, or --mean and --std" in ran.err
+    given = intact_("run", path, folder, "--mean", "0.25", "--std", "2", "--json")
+    assert given.err == ""
+    assert np.array_equal(outputs(given), program.run(to_input(pixels[ORDER], (0.25,), (2.0,))))
+
+
+def test_options_override_what_the_program_carries_and_the_difference_is_said(
+    carrying, program, folder, pixels
+):
+    signed = intact_("run", carrying, folder, "--preset", "signed", "--json")
+    assert np.array_equal(outputs(signed), program.run(to_input(pixels[ORDER])))
+    said = " ".join(signed.err.split())
+    assert (
+        "note: with --preset images are resized to 6×8 (bilinear), RGB, mean 0.5, std 0.5;" in said
+    )
+    assert said.endswith("mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225")
+    part = intact_("run", carrying, folder, "--std", "0.5", "--json")
+    assert np.array_equal(
+        outputs(part), program.run(to_input(pixels[ORDER], IMAGENET.mean, (0.5,)))
+    )
+    assert "note: with --std" in part.err
+    same = intact_(
+        "run", carrying, folder, "--mean", "0.485,0.456,0.406", "--crop", "6,8", "--json"
+    )
+    assert (same.code, same.err) == (0, "")
+
+
+def test_options_about_images_are_refused_where_there_are_none(carrying, program, tmp_path):
+    x = np.random.default_rng(0).normal(size=(2, 3, 6, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    assert np.array_equal(
+        outputs(intact_("run", carrying, tmp_path / "x.npy", "--json")), program.run(x)
+    )
+    ran = intact_("run", carrying, tmp_path / "x.npy", "--mean", "0", "--std", "1")
+    assert (ran.code, ran.out) == (1, "")
+    assert "x.npy holds floats, which are taken as the network takes them" in ran.err
+    assert "leave --mean and --std out" in ran.err
+
+
+def test_samples_are_spread_and_bad_images_left_out(carrying, folder):
+    ran = intact_("run", carrying, folder, "--samples", 3, "--json")
+    assert [p["input"] for p in json.loads(ran.out)] == [NAMES[0], NAMES[2], NAMES[4]]
+    (folder / "m.png").write_bytes(b"no image")
+    ran = intact_("run", carrying, folder, "--skip-corrupt", "--workers", 2, "--json")
+    assert [p["input"] for p in json.loads(ran.out)] == list(NAMES)
+    assert ran.err.startswith("left out: ")
+
+
+def test_json_goes_to_standard_output(carrying, program, folder, pixels):
+    ran = intact_("run", carrying, folder / "z.png", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    expected = program.run(to_input(pixels[4:], IMAGENET.mean, IMAGENET.std))[0]
     assert json.loads(ran.out) == [
         {"input": "z.png", "class": int(expected.argmax()), "output": expected.tolist()}
     ]
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "auto"])
-def test_all_engines_give_the_same_outputs(path, program, folder, pixels, engine):
-    ran = intact_("run", path, folder, "--json", "--engine", engine)
+def test_all_engines_give_the_same_outputs(carrying, program, folder, pixels, engine):
+    ran = intact_("run", carrying, folder, "--json", "--engine", engine)
     if ran.code:
         pytest.skip(ran.err.strip())
-    expected = program.run(to_input(pixels[ORDER]), engine="reference")
-    assert np.array_equal([p["output"] for p in json.loads(ran.out)], expected)
+    x = to_input(pixels[ORDER], IMAGENET.mean, IMAGENET.std)
+    assert np.array_equal(outputs(ran), program.run(x, engine="reference"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -336,12 +353,14 @@ def test_the_output_is_dequantized(program, pixels):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["none"], 1, "none does not exist"),
+        (["none"], 1, "none is not there. Name a folder of images"),
+        (["digits", "--data-dir", "."], 1, "digits are embedded"),
         (["x.npy"], 1, "x.npy cannot be read as an array"),
         ([".", "-o", "p.txt"], 1, "its name must end in .csv, .json or .npy"),
         ([".", "-o", "/dev/null/p.csv"], 1, "/dev/null is a file, not a folder"),
         ([".", "--mean", "gray"], 2, "--mean takes numbers with commas between them, not 'gray'"),
-        ([".", "--std", "0.5,0.5"], 1, "2 numbers were given to normalise 3 channels"),
+        ([".", "--mean", "0", "--std", "1,1"], 1, "2 numbers were given to normalise 3 channels"),
+        ([".", "--std", "1"], 1, "said only in part: give --preset, or both --mean and --std"),
         ([".", "--threads", "0"], 2, "--threads"),
     ],
 )

@@ -11,11 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from intact.significance import decibels, mcnemar_p, paired_interval, wilson_interval
+from intact.significance import (
+    decibels,
+    guessing_p,
+    mcnemar_p,
+    paired_interval,
+    wilson_interval,
+)
 
 Z = float(norm.ppf(0.975))
 COUNTS = st.integers(0, 400)
 FOURS = st.tuples(COUNTS, COUNTS, COUNTS, COUNTS).filter(sum)
+
+
+# -- guessing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_guessing_is_as_often_right_with_the_tail_of_the_binomial(classes):
+    n, p = 12, Fraction(1, classes)
+    for correct in range(n + 1):
+        tail = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(correct, n + 1))
+        assert guessing_p(correct, n, classes) == pytest.approx(float(tail), rel=1e-12)
 
 
 # -- Wilson ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
@@ -431,3 +432,12 @@ def test_a_program_beyond_the_header_is_refused_when_it_is_written(monkeypatch):
     monkeypatch.setattr(storage, "MAX_HEADER_BYTES", 1000)
     with pytest.raises(StorageError, match="too large for a file"):
         to_bytes(PROGRAM)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weights_of_torch_are_called_that_with_what_makes_a_program_of_them(tmp_path, old):
+    path = tmp_path / "net.pt"
+    torch.save({"w": torch.zeros(3)}, path, _use_new_zipfile_serialization=not old)
+    with pytest.raises(StorageError, match=r"net\.pt is an archive or a pickle, as torch") as error:
+        load(path)
+    assert "`intact quantize --model FILE.py:NAME --weights FILE --data SOURCE`" in str(error.value)

@@ -34,7 +34,8 @@ FORMAT = 1
 """Version of the layout of the JSON. Raised when a reader of the old one would be misled."""
 
 KINDS = {
-    "data": "real inputs, or what stands for them",
+    "data": "real inputs",
+    "stand-in": "random floats over the input's range, in place of real inputs",
     "random": "uniform random codes",
     "structured": "extremes, alternations, ramps, single channels at an end of the range",
     "boundaries": "per layer: accumulators on both sides of boundaries between codes",
@@ -46,7 +47,8 @@ KINDS = {
 """The kinds of input, in the order in which they are run."""
 
 FLOAT_KINDS = {
-    "data": "real inputs, or what stands for them",
+    "data": "real inputs",
+    "stand-in": "random floats over the input's range, in place of real inputs",
     "random": "random floats away from ties",
     "ties": "floats half way between two codes, or next to that",
 }

@@ -49,14 +49,14 @@ from intact.configurations import (
     float_configurations,
     select,
 )
-from intact.data import load_dataset, spread, to_input
+from intact.data import spread
 from intact.engines import Engine
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, IntactError, ProgramError
 from intact.ops import Add, Linear, Multiply, Op, Subtract, Table
 from intact.program import Program
 
-__all__ = ["SAMPLES", "certify", "default_inputs"]
+__all__ = ["SAMPLES", "certify", "stand_ins"]
 
 SAMPLES = 1000
 """Of each kind, if not said otherwise and if the program is small enough."""
@@ -90,8 +90,8 @@ def certify(
 ) -> Certificate:
     """Run a program on every engine of this machine and compare all codes with the reference's.
 
-    inputs       float32 `[N, *input shape]`, or codes of the input's own type; None:
-                 `default_inputs`
+    inputs       real ones, float32 `[N, *input shape]`, or codes of the input's own type; None:
+                 random floats take their place, see `stand_ins`, and the certificate says so
     samples      of each kind of input, as far as there are so many; None: 1,000, or less where the
                  program is large, which the certificate then notes
     engines      names, in full ("native avx2") or their first words ("onnxruntime"); None: all
@@ -114,13 +114,18 @@ def certify(
     chosen = [c for c in here if c.name in names] + list(also)
     floats = [c for c in float_configurations() if c.name in names]
     notes: list[str] = []
+    kind = "data"
     if inputs is None:
-        inputs, given = default_inputs(program)
-        description = description or given
+        kind = "stand-in"
+        inputs, description = stand_ins(program)
+        notes.append(
+            f"No real inputs were given. In their place are {description}; --data, or `inputs`, "
+            "names real ones."
+        )
     rng = np.random.default_rng(seed)
     tell("choosing inputs", 0, 1)
     data = _chosen(program, inputs, _samples(program, samples, notes))
-    subjects = _subjects(program, data, _samples(program, samples, []), rng, tell)
+    subjects = _subjects(program, kind, data, _samples(program, samples, []), rng, tell)
     tallies = {c.name: _Tally(program) for c in chosen}
     steps = len(chosen) * len(subjects) + len(floats)
     for i, subject in enumerate(subjects):
@@ -128,7 +133,7 @@ def certify(
     missing |= {name: t.unavailable for name, t in tallies.items() if t.unavailable}
     floats = [c for c in floats if c.name not in missing]
     results: list[FloatResult] = []
-    batches = _float_batches(program, inputs, len(data), rng)
+    batches = _float_batches(program, kind, inputs, len(data), rng)
     expected = _expected_of_floats(program, batches) if floats else {}
     for i, configuration in enumerate(floats):
         tell(f"floats on {configuration.name}", steps - len(floats) + i, steps)
@@ -155,21 +160,19 @@ def certify(
     )
 
 
-def default_inputs(program: Program) -> tuple[Codes, str]:
+def stand_ins(program: Program) -> tuple[Codes, str]:
     """Inputs for a program of which no data is at hand, and what they are.
 
-    scikit-learn's digits where they fit, else normally distributed floats that fill the range.
+    Normally distributed floats; the range of the input's grid is six standard deviations wide.
     """
     spec = program.tensors[program.input]
-    if spec.shape == (3, 32, 32):
-        images = load_dataset("digits").test_images
-        inputs = images if program.takes_pixels else to_input(images)
-        return inputs, "scikit-learn's digits, test images"
     grid = spec.qparams
     ends = dequantize(np.array([grid.qmin, grid.qmax]), grid)
     rng = np.random.default_rng(0)
     drawn = rng.normal(ends.mean(), np.ptp(ends) / 6, (SAMPLES, *spec.shape))
-    return drawn.astype(np.float32), "normally distributed floats, in place of real data"
+    low, high = ends.tolist()
+    words = f"random floats, normally distributed over the input's range, {low:.4g} to {high:.4g}"
+    return drawn.astype(np.float32), words
 
 
 # -- what is run ---------------------------------------------------------------------------------
@@ -226,14 +229,19 @@ def _spread(inputs: npt.ArrayLike, samples: int) -> Codes:
 
 
 def _subjects(
-    program: Program, data: Codes, samples: int, rng: np.random.Generator, tell: Progress
+    program: Program,
+    kind: str,
+    data: Codes,
+    samples: int,
+    rng: np.random.Generator,
+    tell: Progress,
 ) -> list[_Subject]:
     source = program.tensors[program.input]
     subjects = [
         _Subject(
             program,
             {
-                "data": data,
+                kind: data,
                 "random": random_codes(source, samples, rng),
                 "structured": structured_codes(source)[:samples],
             },
@@ -271,7 +279,7 @@ def _described(subjects: Sequence[_Subject], description: str) -> tuple[Inputs, 
             digest = hashlib.sha256()
             for part in codes:
                 digest.update(np.ascontiguousarray(part).data)
-            text = description if kind == "data" else words
+            text = description if kind in ("data", "stand-in") else words
             described.append(Inputs(kind, text, sum(map(len, codes)), digest.hexdigest()))
     return tuple(described)
 
@@ -438,7 +446,7 @@ def _compare(
 
 
 def _float_batches(
-    program: Program, inputs: npt.ArrayLike, samples: int, rng: np.random.Generator
+    program: Program, kind: str, inputs: npt.ArrayLike, samples: int, rng: np.random.Generator
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Floats of every kind of `FLOAT_KINDS`; few, as they are not about the program's integers.
 
@@ -459,13 +467,13 @@ def _float_batches(
     aside = rng.integers(-1, 2, ties.shape)
     away = np.where(aside > 0, np.float32(np.inf), np.float32(-np.inf))
     ties = np.where(aside == 0, ties, np.nextafter(ties, away))
-    batches = {"data": np.asarray(data, np.float32), "random": steps.astype(np.float32) * scale}
+    batches = {kind: np.asarray(data, np.float32), "random": steps.astype(np.float32) * scale}
     near = np.zeros((0, *spec.shape), np.float32)
     if not is_power_of_two(float(scale)):
-        for kind, x in batches.items():
+        for name, x in batches.items():
             there = _near_ties(x, scale)
             near = np.concatenate([near, x[there]])
-            batches[kind] = x[~there]
+            batches[name] = x[~there]
     return {**batches, "ties": np.concatenate([ties.astype(np.float32), near])}
 
 

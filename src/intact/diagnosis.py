@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from intact.analysis import Analysis, LayerAnalysis, TensorAnalysis
-from intact.significance import SIGNIFICANCE
+from intact.significance import SIGNIFICANCE, guessing_p
 from intact.staged import StageResult, Stages
 
 __all__ = ["Finding", "diagnose"]
@@ -62,6 +62,7 @@ def diagnose(analysis: Analysis, stages: Stages, calibration_images: int) -> tup
     calibration_images  how many images the ranges were chosen from
     """
     findings = [
+        *_guessing(stages),
         *_accuracy(stages),
         *_few_images(calibration_images),
         *_one_sided(analysis),
@@ -74,6 +75,28 @@ def diagnose(analysis: Analysis, stages: Stages, calibration_images: int) -> tup
         *_accumulators(analysis),
     ]
     return tuple(sorted(findings, key=lambda finding: _ORDER[finding.severity]))
+
+
+def _guessing(stages: Stages) -> Iterator[Finding]:
+    """The float network itself is no better than guessing, so no other figure means anything."""
+    program = stages.program
+    classes = math.prod(program.tensors[program.output].shape)
+    first = next(iter(stages))
+    if not isinstance(first, StageResult) or classes < 2:
+        return
+    p = guessing_p(first.correct, first.total, classes)
+    if p >= SIGNIFICANCE:
+        yield Finding(
+            "guessing",
+            "problem",
+            "",
+            f"The float network is right on {first.correct:,} of {first.total:,} images, and "
+            f"guessing among {classes:,} classes is at least as often right with p = {p:.2g}: the "
+            "order of the labels, how images are prepared, or the weights are wrong.",
+            "Repair that first: no other figure here means anything. Labels are numbers of the "
+            "network's outputs, and folders are numbered in the order of their names; images must "
+            "be prepared as in the training.",
+        )
 
 
 def _accuracy(stages: Stages) -> Iterator[Finding]:
@@ -280,12 +303,14 @@ def _few_codes(analysis: Analysis) -> Iterator[Finding]:
 
 
 def _noisy(analysis: Analysis) -> Iterator[Finding]:
-    """Where the noise comes in: the layers that lose most, if the result is noisy at all."""
+    """Where the noise comes in, if the result is noisy at all: the input, a layer, or many."""
     if not analysis.layers:
         return
     last = analysis.layers[-1].sqnr_db
     if last is None or last >= NOISY_DB:
         return
+    said = f"The result's signal-to-noise ratio is {last:.1f} dB."
+    first = analysis.input.sqnr_db
     known: dict[str, float] = {}
     drops: list[tuple[float, LayerAnalysis]] = []
     for layer in analysis.layers:
@@ -293,16 +318,25 @@ def _noisy(analysis: Analysis) -> Iterator[Finding]:
             continue
         before = min((known[i] for i in layer.inputs if i in known), default=None)
         if before is None:
-            before = analysis.input.sqnr_db if analysis.input.sqnr_db is not None else 99.0
+            before = first if first is not None else 99.0
         known[layer.name] = layer.sqnr_db
         drops.append((before - layer.sqnr_db, layer))
     drop, worst = max(drops, key=lambda pair: pair[0])
+    if drop < WORTHWHILE_DB:
+        told = (
+            f"{said} No layer is to blame: the largest step down, {worst.name}, is {drop:.1f} dB."
+        )
+        advice = "Give all weights or all activations more bits."
+        if first is not None and first < NOISY_DB:
+            told += f" The codes of the input alone leave {first:.1f} dB."
+            advice = "Give the input more bits, or a range that suits the data."
+        yield Finding("noisy", "advice", "", told, advice)
+        return
     yield Finding(
         "noisy",
         "advice",
         worst.name,
-        f"The result's signal-to-noise ratio is {last:.1f} dB. The largest step down is "
-        f"{worst.name}: {drop:.1f} dB, to {worst.sqnr_db:.1f} dB.",
+        f"{said} The largest step down is {worst.name}: {drop:.1f} dB, to {worst.sqnr_db:.1f} dB.",
         "Start with what else is said about this layer here; else give it more bits, or another "
         "range.",
     )

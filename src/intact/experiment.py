@@ -13,7 +13,6 @@ A run leaves in its folder
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import platform
@@ -36,13 +35,19 @@ from intact.analysis import analyse
 from intact.capturing import capture
 from intact.data import Dataset
 from intact.data.channels import Channels
-from intact.data.checking import swapped_channels, unlike_calibration
+from intact.data.checking import (
+    channels_last_hint,
+    check_pixel_values,
+    swapped_channels,
+    unlike_calibration,
+)
 from intact.data.folder import Part
+from intact.data.hashing import SampleHashes
 from intact.data.images import image_samples
 from intact.data.preprocessing import PRESETS, Preprocessing
 from intact.data.samples import Batch, Samples
 from intact.diagnosis import diagnose
-from intact.errors import DataError
+from intact.errors import CaptureError, DataError
 from intact.network import Network
 from intact.pipeline import Quantized, quantize_network
 from intact.pixels import take_pixels
@@ -106,7 +111,7 @@ def run_experiment(
     """
     tell = progress or (lambda *_: None)
     tell("capturing", 0, 1)
-    network = capture(model, torch.zeros(1, *calibration.shape))
+    network = _captured(model, calibration)
     if pixels is not None:
         network = take_pixels(network, pixels.mean, pixels.std)
     _check_test_data(network, test)
@@ -121,11 +126,14 @@ def run_experiment(
         if done == known:
             tell("lowering", 0, 1)
 
-    calibrating, testing = (_Hashed(pixels=pixels is not None) for _ in range(2))
+    calibrating, testing = (
+        _Passing(samples.name, pixels=pixels is not None) for samples in (calibration, test)
+    )
     quantized = quantize_network(
         network,
         _inputs(calibrating.pass_on(calibration.batches(size))),
         recipe,
+        preprocessing=calibration.preprocessing or test.preprocessing,
         info={"title": title},
         progress=calibrated,
     )
@@ -173,9 +181,9 @@ def run_experiment(
             "calibration": seen,
             "calibrated on": calibration.name,
             "sha256": {
-                "calibration": calibrating.inputs.hexdigest(),
-                "test": testing.inputs.hexdigest(),
-                **({"labels": testing.labels.hexdigest()} if stages.labels is not None else {}),
+                "calibration": calibrating.hashes.inputs,
+                "test": testing.hashes.inputs,
+                **({} if (labels := testing.hashes.labels) is None else {"labels": labels}),
             },
         },
         seed=seed,
@@ -243,6 +251,19 @@ def versions() -> dict[str, str]:
     }
 
 
+def _captured(model: nn.Module, samples: Samples) -> Network:
+    """The network, captured for the shape of the samples; the error says if that is to blame."""
+    try:
+        return capture(model, torch.zeros(1, *samples.shape))
+    except CaptureError as error:
+        if not (hint := channels_last_hint(samples.shape)):
+            raise
+        raise DataError(
+            f"the network does not take samples of shape {list(samples.shape)}, as "
+            f"{samples.name} holds them.{hint} What it says of them:\n{error}"
+        ) from error
+
+
 def _check_test_data(network: Network, test: Samples) -> None:
     taken = network.tensors[network.input].shape
     if test.shape != taken:
@@ -259,29 +280,24 @@ def _check_test_data(network: Network, test: Samples) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Hashed:
-    """SHA-256 of all inputs and of all labels that have come by: two runs saw the same data.
+class _Passing:
+    """What is noted of batches on their way: their hashes, and how their channels look.
 
-    looks   of the batches, channel by channel
+    name    of the samples
     pixels  whether inputs that are no pixels are a `DataError`
     """
 
-    pixels: bool = False
+    name: str
+    pixels: bool
     looks: list[Channels] = field(default_factory=list)
-    inputs: hashlib._Hash = field(default_factory=hashlib.sha256)
-    labels: hashlib._Hash = field(default_factory=hashlib.sha256)
+    hashes: SampleHashes = field(default_factory=SampleHashes)
 
     def pass_on(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for x, labels in batches:
-            if self.pixels and not ((x >= 0) & (x <= 255) & (x == np.rint(x))).all():
-                raise DataError(
-                    "the samples are no pixels, whole numbers from 0 to 255, so the program cannot "
-                    "take them as such. Give images, or an array of uint8."
-                )
+            if self.pixels:
+                check_pixel_values(x, self.name)
             self.looks.append(Channels.of(x))
-            self.inputs.update(np.ascontiguousarray(x, dtype="<f4").data)
-            if labels is not None:
-                self.labels.update(np.ascontiguousarray(labels, dtype="<i8").data)
+            self.hashes.update(x, labels)
             yield x, labels
 
 

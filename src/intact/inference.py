@@ -1,11 +1,12 @@
-"""Running a program on a user's own inputs: images or arrays in, predictions out."""
+"""Running a program on a user's own samples: what it predicts, and how often that is right."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,46 +15,32 @@ import numpy as np
 import numpy.typing as npt
 
 from intact.arithmetic import dequantize
-from intact.data import spread
-from intact.data.arrays import SUFFIXES as ARRAY_SUFFIXES
-from intact.data.arrays import Rows, read_arrays
-from intact.data.checking import first_where, shape_hint
-from intact.data.folder import find_images, read_images
-from intact.data.preprocessing import Preprocessing
+from intact.data.carried import pixels_alone
+from intact.data.checking import check_labels, check_pixel_values
+from intact.data.hashing import SampleHashes
+from intact.data.samples import Samples
 from intact.engines import Engine
 from intact.errors import DataError
 from intact.program import Program
+from intact.significance import wilson_interval
 from intact.storage import write_atomically
 
-__all__ = ["SUFFIXES", "Inputs", "Predictions", "infer", "read_inputs"]
+__all__ = ["BATCH", "SUFFIXES", "Evaluation", "Predictions", "evaluate", "infer"]
 
-SLICE = 256
+BATCH = 256
 """Samples that are decoded and run at a time: memory does not grow with the number of images."""
 SUFFIXES = (".csv", ".json", ".npy")
 """Of files that predictions can be written to."""
 
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """What a program shall be run on.
-
-    names   one per sample: paths of images below their folder, or positions in an array
-    slices  called for an iterator over batches, float32 or codes `[n, *input shape]`, in order
-    normalised  whether they are pixels to which a mean and a standard deviation were applied
-    """
-
-    names: tuple[str, ...]
-    slices: Callable[[], Iterator[Array]]
-    normalised: bool = False
+Progress = Callable[[int], object]
+"""Called after each batch with the number of samples done."""
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """What a program says about inputs.
 
-    names   as in `Inputs`
+    names   one per sample: paths of images below their folder, or positions in an array
     output  float32 `[N, *output shape]`, the dequantized output codes
     """
 
@@ -117,88 +104,93 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def read_inputs(
-    program: Program,
-    source: Path,
-    mean: Sequence[float] = (0.5,),
-    std: Sequence[float] = (0.5,),
-    most: int | None = None,
-) -> Inputs:
-    """The samples of a folder of images, of one image, or of a file of arrays.
-
-    mean, std  how pixels are normalised, as the network was trained; see `data.to_input`. Arrays
-               are taken as they are, and so are the pixels of images for a program that takes them
-    most       take at most so many of the samples, spread over all; None: all of them
-
-    Images are resized to the program's input, which must then be `[3, H, W]`, or `[1, H, W]` for
-    gray ones. An array, see `data.arrays.read_arrays`, is `[N, *input shape]`: floats without NaN,
-    or codes of the input's own type. What does not fit raises `DataError` or `ProgramError`.
-    """
-    if source.suffix.lower() in ARRAY_SUFFIXES:
-        array, _ = read_arrays(source)
-        _check_array(program, array, source)
-        chosen = spread(array.shape[0], most)
-        parts = [chosen[i : i + SLICE] for i in range(0, len(chosen), SLICE)]
-        return Inputs(tuple(map(str, chosen)), lambda: (array[part] for part in parts))
-    preprocessing = Preprocessing(mean=tuple(mean), std=tuple(std))
-    shape = preprocessing.shape(program.tensors[program.input].shape)
-    if not source.exists():
-        raise DataError(
-            f"{source} does not exist. Name a folder of images, an image, or a .npy, .npz or "
-            ".safetensors file."
-        )
-    root, files = (source, find_images(source)) if source.is_dir() else (source.parent, [source])
-    files = [files[i] for i in spread(len(files), most)]
-    names = tuple(path.relative_to(root).as_posix() for path in files)
-
-    def slices() -> Iterator[Array]:
-        for i in range(0, len(files), SLICE):
-            pixels = read_images(files[i : i + SLICE], preprocessing, shape)
-            yield pixels if program.takes_pixels else preprocessing.floats(pixels)
-
-    return Inputs(names, slices, normalised=not program.takes_pixels)
-
-
-def _check_array(program: Program, array: Rows, path: Path) -> None:
-    """Refuse what the program would refuse, before a thousand samples have been run."""
-    spec = program.tensors[program.input]
-    floats, own = array.dtype.kind == "f", array.dtype == spec.qparams.dtype
-    if array.shape[1:] != spec.shape or not (floats or own):
-        wanted = f"[N, {', '.join(map(str, spec.shape))}]"
-        raise DataError(
-            f"{path} holds {array.dtype.name} {list(array.shape)}, but the program takes float32 "
-            f"{wanted}, normalised as in the training of its network, or codes, "
-            f"{spec.qparams.dtype.name} {wanted}.{shape_hint(array.shape[1:], spec.shape)}"
-        )
-    for start in range(0, array.shape[0], SLICE):
-        part = array[np.arange(start, min(start + SLICE, array.shape[0]))]
-        if own:
-            program.check_codes(part)
-        elif (found := first_where(np.isnan(part))) is not None:
-            sample, place = found
-            raise DataError(
-                f"{path} holds a NaN in sample {start + sample}, at {place}; a NaN has no code. "
-                "Look for a division by zero or an overflow in whatever produced it."
-            )
-
-
 def infer(
-    program: Program,
-    engine: Engine,
-    inputs: Inputs,
-    progress: Callable[[int], object] | None = None,
+    program: Program, engine: Engine, samples: Samples, progress: Progress | None = None
 ) -> Predictions:
-    """Run an engine of the program over all inputs.
+    """Run an engine of the program over all samples.
 
-    progress  called after each slice with the number of samples done
+    Samples that cannot be read are left out where the source says so; names tell which are there.
     """
     tell = progress or (lambda _: None)
+    run = _runner(program, engine, samples)
     spec = program.tensors[program.output]
-    output = np.empty((len(inputs.names), *spec.shape), np.float32)
-    done = 0
-    for batch in inputs.slices():
-        codes = program.quantize_input(batch) if batch.dtype.kind == "f" else batch
-        output[done : done + len(batch)] = dequantize(engine(codes), spec.qparams)
-        done += len(batch)
-        tell(done)
-    return Predictions(inputs.names, output)
+    names: list[str] = []
+    outputs: list[npt.NDArray[np.float32]] = []
+    for called, x in samples.named_batches(BATCH):
+        names += called
+        outputs.append(dequantize(run(x), spec.qparams))
+        tell(len(names))
+    return Predictions(tuple(names), np.concatenate(outputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How often a program is right.
+
+    inputs, labels  SHA-256 of the samples, as in the `results.json` of a run on the same ones
+    """
+
+    correct: int
+    total: int
+    inputs: str
+    labels: str | None
+
+    @property
+    def accuracy(self) -> float:
+        """Between 0 and 1."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return wilson_interval(self.correct, self.total)
+
+
+def evaluate(
+    program: Program, engine: Engine, samples: Samples, progress: Progress | None = None
+) -> Evaluation:
+    """The accuracy of a program: how often its largest output, the first of several, is the label.
+
+    That is what the last stage of an experiment measures. `DataError` for samples without labels,
+    and for labels that the program has no output for.
+    """
+    tell = progress or (lambda _: None)
+    if not samples.labelled:
+        raise DataError(
+            f"{samples.name} has no labels, so nothing says what is right. Give images in a folder "
+            "per class, or a .npz or .safetensors file with samples 'x' and labels 'y'; `intact "
+            "run` gives predictions without labels."
+        )
+    outputs = math.prod(program.tensors[program.output].shape)
+    if samples.classes is not None and len(samples.classes) > outputs:
+        raise DataError(
+            f"the program tells {outputs} classes apart, but {samples.name} has "
+            f"{len(samples.classes)}. Evaluate it on the data that its network was trained for."
+        )
+    run = _runner(program, engine, samples)
+    hashes = SampleHashes()
+    correct = total = 0
+    for x, labels in samples.batches(BATCH):
+        if labels is None:
+            raise DataError(f"{samples.name} said that it has labels, but a batch has none.")
+        check_labels(labels, outputs, samples.name)
+        hashes.update(x, labels)
+        predicted = run(x).reshape(len(x), outputs).argmax(axis=1)
+        correct += int((predicted == labels).sum())
+        total += len(x)
+        tell(total)
+    return Evaluation(correct, total, hashes.inputs, hashes.labels)
+
+
+def _runner(
+    program: Program, engine: Engine, samples: Samples
+) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]:
+    """From a batch of the samples to the program's output codes."""
+    pixels = pixels_alone(program)
+
+    def run(x: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        if pixels:
+            check_pixel_values(x, samples.name)
+        return engine(program.quantize_input(x))
+
+    return run

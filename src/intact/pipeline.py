@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, IterableDataset
 from intact.calibrate import Batch, calibrate
 from intact.capturing import capture
 from intact.choose import align, choose_qparams
+from intact.data.carried import info_of
+from intact.data.preprocessing import Preprocessing
 from intact.errors import CalibrationError, DataError
 from intact.improve.bias_correction import correct_biases, samples_that_fit
 from intact.improve.equalization import equalize, has_depthwise
@@ -51,16 +53,19 @@ def quantize_network(
     batches: Iterable[Batch],
     recipe: Recipe,
     *,
+    preprocessing: Preprocessing | None = None,
     info: Mapping[str, str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Quantized:
     """Calibrate a captured network and lower it.
 
-    batches   for calibration: float32 `[N, *input shape]`, or pairs of that and labels
-    info      free text that the program carries
-    progress  called after each batch with the number of samples seen so far
+    batches        for calibration: float32 `[N, *input shape]`, or pairs of that and labels
+    preprocessing  how images become inputs of this network; the program carries it
+    info           other text that the program carries
+    progress       called after each batch with the number of samples seen so far
     """
     recipe.check_layers(op.name for op in network.ops)  # before, not after, a long calibration
+    carried = info_of(preprocessing, network.tensors[network.input].shape)
     most = samples_that_fit(network)
     batches = iter(batches)
     if recipe.improve.equalize:
@@ -75,7 +80,7 @@ def quantize_network(
     sketches = calibrate(network, batches, progress)
     aligned = align(network)
     qparams = choose_qparams(aligned, sketches, recipe)
-    facts = {"recipe": recipe.to_toml(), **(info or {})}
+    facts = {"recipe": recipe.to_toml(), **carried, **(info or {})}
     program = lower(aligned, qparams, recipe, facts)
     corrected = aligned
     if correct:
@@ -115,19 +120,25 @@ def _inputs(batch: Batch) -> Any:
 
 
 def quantize(
-    model: nn.Module, batches: Iterable[Batch], recipe: str | Path | Recipe = "default"
+    model: nn.Module,
+    batches: Iterable[Batch],
+    recipe: str | Path | Recipe = "default",
+    *,
+    preprocessing: Preprocessing | None = None,
 ) -> Program:
     """Make an integer program of a trained float module.
 
-    model    in eval or training mode; it is captured in eval mode and left as it is
-    batches  calibration data as the model takes it: float32 `[N, ...]`, or pairs of that and labels
-             (which are ignored), as a DataLoader yields them. A hundred images or more
-    recipe   a preset ("default", "lab"), a path to a TOML file, or a `Recipe`
+    model          in eval or training mode; it is captured in eval mode and left as it is
+    batches        calibration data as the model takes it: float32 `[N, ...]`, or pairs of that and
+                   labels (which are ignored), as a DataLoader yields them. A hundred images or more
+    recipe         a preset ("default", "lab"), a path to a TOML file, or a `Recipe`
+    preprocessing  how images were made into those batches. It changes none of them: the program
+                   carries it, so that `intact run` and `intact evaluate` can do the same
 
     Raises `CaptureError` with a list of all unsupported ops, `CalibrationError` for data that
     cannot be used, `RecipeError` for a recipe that does not fit; all are `IntactError`.
     """
-    return _quantize(model, batches, load_recipe(recipe)).program
+    return _quantize(model, batches, load_recipe(recipe), preprocessing).program
 
 
 def stages(
@@ -148,7 +159,12 @@ def stages(
     return measure(quantized.network, quantized.program, test, corrected=quantized.corrected)
 
 
-def _quantize(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Quantized:
+def _quantize(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    recipe: Recipe,
+    preprocessing: Preprocessing | None = None,
+) -> Quantized:
     _check_iterable(batches, "the calibration data")
     iterator = iter(batches)
     try:
@@ -159,7 +175,7 @@ def _quantize(model: nn.Module, batches: Iterable[Batch], recipe: Recipe) -> Qua
             "batch; a generator can be used only once."
         ) from None
     network = capture(model, _example(first))
-    return quantize_network(network, chain([first], iterator), recipe)
+    return quantize_network(network, chain([first], iterator), recipe, preprocessing=preprocessing)
 
 
 def _check_iterable(batches: object, what: str) -> None:

@@ -10,6 +10,7 @@ __all__ = [
     "SIGNIFICANCE",
     "decibels",
     "decimals",
+    "guessing_p",
     "mcnemar_p",
     "paired_interval",
     "percent",
@@ -25,6 +26,11 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """95 % score interval of a proportion `correct / total` (Wilson 1927)."""
     interval = binomtest(correct, total).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def guessing_p(correct: int, total: int, classes: int) -> float:
+    """One-sided exact p-value: how often guessing among all classes is right at least as often."""
+    return float(binomtest(correct, total, 1 / classes, alternative="greater").pvalue)
 
 
 def mcnemar_p(to_wrong: int, to_right: int) -> float:

@@ -55,6 +55,8 @@ _LENGTH_BYTES = 8
 _MAGIC = b'{"__metadata__":{"intact":"{\\"digest\\":\\"'
 _DIGEST_AT = _LENGTH_BYTES + len(_MAGIC)
 _NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
+_FOREIGN = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+"""What the files of torch.save begin with: a zip archive, or once a pickle of some protocol."""
 _OPS = {cls.__name__: cls for cls in get_args(Op)}
 _FIELDS = {"digest", "format", "info", "input", "ops", "output", "tensors"}
 
@@ -208,6 +210,12 @@ def _structure(data: bytes) -> dict[str, Any]:
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     follow = len(data) - _LENGTH_BYTES
     if length > min(follow, MAX_HEADER_BYTES):
+        if data.startswith(_FOREIGN):
+            raise StorageError(
+                "is an archive or a pickle, as torch.save writes weights, and no program. "
+                "`intact quantize --model FILE.py:NAME --weights FILE --data SOURCE` makes a "
+                "program of weights, and `intact.quantize` one of a module in Python."
+            )
         raise StorageError(
             f"is no program, or is cut short: its header would take {length:,} bytes, but "
             f"{follow:,} follow and {MAX_HEADER_BYTES:,} are the limit. Copy it again."
@@ -244,7 +252,8 @@ def _explain_foreign(header: bytes) -> str:
         return "is damaged, or another tool has rewritten it. Save it again with intact."
     return (
         "is a safetensors file, but holds no program of intact: it may be a float network's "
-        "weights. A program is written by Program.save."
+        "weights. `intact quantize --model FILE.py:NAME --weights FILE --data SOURCE` makes a "
+        "program of them; Program.save writes one."
     )
 
 

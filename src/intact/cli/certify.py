@@ -4,40 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from intact.cli.files import check_file, make_folder
-from intact.cli.options import Data, DataDirOption, JsonOption, ProgramArgument, names_of
+from intact.cli.images import (
+    SOURCE_HELP,
+    BuiltInDirOption,
+    CropOption,
+    ImageOptions,
+    MeanOption,
+    PresetOption,
+    ResizeOption,
+    SkipCorruptOption,
+    StdOption,
+    WorkersOption,
+    open_for,
+    show_remarks,
+)
+from intact.cli.options import JsonOption, ProgramArgument, names_of
 from intact.cli.pages import redraw
 from intact.cli.showing import aligned, count, progress, terminal
-from intact.errors import DataError
-
-if TYPE_CHECKING:
-    from intact.program import Program
 
 
 def certify(
     program: ProgramArgument,
     data: Annotated[
-        Data | None,
+        str | None,
         typer.Option(
             "--data",
-            help="Real inputs: the test images of a data set. If left out, the digits where they "
-            "fit, else random floats in their place.",
+            metavar="SOURCE",
+            help=f"Real inputs: {SOURCE_HELP} If left out, random floats take their place.",
         ),
     ] = None,
-    data_dir: DataDirOption = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--inputs",
-            metavar="INPUTS",
-            help="Real inputs of your own instead: a folder of images, an image, or a .npy or .npz "
-            "file with one array of samples.",
-        ),
-    ] = None,
+    data_dir: BuiltInDirOption = None,
+    preset: PresetOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -69,22 +77,44 @@ def certify(
 
     Exits with 1 if one value differs. docs/certificate.md says how to read the result.
     """
-    if data is not None and source is not None:
-        raise typer.BadParameter("--data and --inputs both name the real inputs: give one of them.")
-    if data is None and data_dir is not None:
-        raise typer.BadParameter("--data-dir says where the data is: give --data too.")
+    images = ImageOptions.parse(preset, resize, crop, mean, std)
+    if data is None and (data_dir is not None or images.given or skip_corrupt):
+        raise typer.BadParameter(
+            "--data-dir, --skip-corrupt and options about images are about data: give --data too."
+        )
+    remarks: dict[str, None] = {}  # a set that keeps its order
     named = names_of("--engines", engines)
     path = out or program.with_name("certificate.json")
     with progress("loading") as tell:
         from datetime import datetime, timezone
 
         from intact.certificate import certificate_table
+        from intact.certifying import SAMPLES
         from intact.certifying import certify as compare
         from intact.storage import load, write_atomically
 
         loaded = load(program)
         check_file(path, program)
-        inputs, description = _real_inputs(loaded, data, data_dir, source, samples)
+        inputs, description = None, ""
+        if data is not None:
+            import numpy as np
+
+            from intact.data.carried import pixels_alone
+            from intact.data.checking import check_pixel_values
+
+            real = open_for(
+                loaded,
+                data,
+                images,
+                data_dir=data_dir,
+                workers=workers,
+                skip_corrupt=skip_corrupt,
+                remark=remarks.setdefault,
+            )
+            parts = [x for x, _ in real.take(samples or SAMPLES).batches(SAMPLES)]
+            inputs, description = np.concatenate(parts), real.name
+            if pixels_alone(loaded):
+                check_pixel_values(inputs, real.name)
         certificate = compare(
             loaded,
             inputs,
@@ -98,6 +128,7 @@ def certify(
         make_folder(path.parent)
         write_atomically(path, certificate.to_json().encode())
         page = redraw(path.parent) if path.name == "certificate.json" else None
+    show_remarks(remarks)
     if as_json:
         typer.echo(certificate.to_json(), nl=False)
     else:
@@ -120,37 +151,6 @@ def certify(
         console.print(f"{path}" + (f"\n{page}  with the certificate" if page else ""))
     if not certificate.ok:
         raise typer.Exit(1)
-
-
-def _real_inputs(
-    program: Program,
-    data: Data | None,
-    data_dir: Path | None,
-    source: Path | None,
-    samples: int | None,
-) -> tuple[Any, str]:
-    """Inputs of a program, and what they are in words; None where nothing was named.
-
-    samples  how many `certify` will take at most; None: as many as it does by default
-    """
-    if source is not None:
-        import numpy as np
-
-        from intact.certifying import SAMPLES
-        from intact.inference import read_inputs
-
-        given = read_inputs(program, source, most=samples or SAMPLES)
-        if not given.names:
-            raise DataError(f"{source} holds no samples.")
-        return np.concatenate(list(given.slices())), f"{source.name}, given"
-    if data is None:
-        return None, ""
-    from intact.data import load_dataset, to_input
-
-    dataset = load_dataset(data.value, data_dir)
-    images = dataset.test_images
-    inputs = images if program.takes_pixels else to_input(images)
-    return inputs, f"{dataset.name}, test images"
 
 
 def _by_reason(missing: Mapping[str, str]) -> dict[str, list[str]]:

@@ -4,79 +4,110 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import typer
 
+from intact.cli.images import (
+    SOURCE_HELP,
+    BuiltInDirOption,
+    CropOption,
+    ImageOptions,
+    MeanOption,
+    PresetOption,
+    ResizeOption,
+    SamplesOption,
+    SkipCorruptOption,
+    StdOption,
+    WorkersOption,
+    open_for,
+    show_remarks,
+)
 from intact.cli.options import (
-    Data,
-    DataDirOption,
-    DataOption,
     EngineChoice,
     EngineOption,
     JsonOption,
     ProgramArgument,
+    ThreadsOption,
 )
 from intact.cli.showing import progress, terminal
-from intact.errors import DataError
-
-if TYPE_CHECKING:
-    from intact.data import Dataset
-    from intact.program import Program
-
-
-BATCH = 500
 
 
 def evaluate(
     program: ProgramArgument,
-    data: DataOption = Data.digits,
-    data_dir: DataDirOption = None,
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="SOURCE", help=f"Labelled samples: {SOURCE_HELP}"),
+    ],
+    data_dir: BuiltInDirOption = None,
+    samples: SamplesOption = None,
+    preset: PresetOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
     engine: EngineOption = EngineChoice.auto,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the accuracy of a program on the test set of a data set."""
+    """Measure the accuracy of a program on labelled samples.
+
+    Images are prepared as the program says, which carries what `intact quantize` did; options about
+    images override that. Of data with a test part, that is what counts.
+    """
+    images = ImageOptions.parse(preset, resize, crop, mean, std)
+    remarks: dict[str, None] = {}  # a set that keeps its order
     with progress("loading") as tell:
-        from intact.data import load_dataset, to_input
+        from intact.data.checking import other_classes
         from intact.engines import load_engine
-        from intact.significance import percent, wilson_interval
+        from intact.inference import evaluate as measure
+        from intact.significance import SIGNIFICANCE, guessing_p, percent
         from intact.storage import load
 
         loaded = load(program)
-        dataset = load_dataset(data.value, data_dir)
-        _check_classes(loaded, dataset)
-        run = load_engine(engine.value, loaded)
-        total, correct = len(dataset.test_images), 0
-        for start in range(0, total, BATCH):
-            part = slice(start, start + BATCH)
-            pixels, labels = dataset.test_images[part], dataset.test_labels[part]
-            given = pixels if loaded.takes_pixels else loaded.quantize_input(to_input(pixels))
-            codes = run(given).reshape(len(pixels), -1)
-            correct += int((codes.argmax(axis=1) == labels).sum())
-            tell("evaluating", start + len(labels), total)
-    low, high = wilson_interval(correct, total)
+        chosen = open_for(
+            loaded,
+            data,
+            images,
+            data_dir=data_dir,
+            workers=workers,
+            skip_corrupt=skip_corrupt,
+            remark=remarks.setdefault,
+        ).take(samples)
+        found = measure(
+            loaded,
+            load_engine(engine.value, loaded, threads=threads),
+            chosen,
+            lambda done: tell("evaluating", done, chosen.count or 0),
+        )
+    outputs = math.prod(loaded.tensors[loaded.output].shape)
+    if chosen.classes and (other := other_classes(chosen.classes, outputs, chosen.name)):
+        remarks[f"warning: {other}"] = None
+    if outputs > 1 and (p := guessing_p(found.correct, found.total, outputs)) >= SIGNIFICANCE:
+        remarks[
+            f"warning: guessing among {outputs} classes is right as often, p = {p:.2g}. The order "
+            "of the labels, how images are prepared, or the weights are wrong."
+        ] = None
+    show_remarks(remarks)
+    low, high = found.interval
     facts = {
         "program": loaded.sha256,
-        "data": {"name": dataset.name, "sha256": dataset.sha256},
+        "data": {
+            "name": chosen.name,
+            "sha256": {"test": found.inputs, "labels": found.labels},
+        },
         "engine": engine.value,
-        "correct": correct,
-        "total": total,
-        "accuracy": correct / total,
+        "correct": found.correct,
+        "total": found.total,
+        "accuracy": found.accuracy,
         "interval": [low, high],
     }
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         terminal().print(
-            f"{percent(correct / total, total)} ({correct:,} of {total:,}), "
+            f"{percent(found.accuracy, found.total)} ({found.correct:,} of {found.total:,}), "
             f"95 % interval {100 * low:.1f} to {100 * high:.1f} %"
-        )
-
-
-def _check_classes(program: Program, dataset: Dataset) -> None:
-    outputs = math.prod(program.tensors[program.output].shape)
-    if len(dataset.classes) > outputs:
-        raise DataError(
-            f"the program tells {outputs} classes apart, but {dataset.name} has "
-            f"{len(dataset.classes)}. Evaluate it on the data that its network was trained for."
         )

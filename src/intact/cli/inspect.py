@@ -29,8 +29,11 @@ def inspect(program: ProgramArgument, as_json: JsonOption = False) -> None:
         f"SHA-256 {facts['sha256']}\n"
         f"{facts['bytes']:,} bytes, {facts['parameter_bytes']:,} of them parameters\n"
         f"{facts['macs']:,} MACs per sample, in accumulators of at most "
-        f"{facts['accumulator_bits']} bits\n"
+        f"{facts['accumulator_bits']} bits"
     )
+    if facts["images"]:
+        console.print(f"images: {facts['images']}", soft_wrap=False)
+    console.print()
     heading = ("name", "op", "result", "codes", "scale", "zero", "multiplier", "acc", "MACs")
     rows = [
         (
@@ -52,6 +55,7 @@ def inspect(program: ProgramArgument, as_json: JsonOption = False) -> None:
 def _facts(program: Program) -> dict[str, Any]:
     """What `inspect` shows, as plain values."""
     from intact.arithmetic import dyadic_shift
+    from intact.data.carried import carried_by
     from intact.ops import accumulates
     from intact.storage import to_bytes
 
@@ -67,6 +71,7 @@ def _facts(program: Program) -> dict[str, Any]:
             "zero_point": value.qparams.zero_point,
         }
 
+    carried = carried_by(program)
     ops = []
     for op in program.ops:
         facts = {**tensor(op.name), "op": type(op).__name__, "inputs": list(op.inputs)}
@@ -85,6 +90,7 @@ def _facts(program: Program) -> dict[str, Any]:
         "macs": sum(map(program.macs, program.ops)),
         "accumulator_bits": max((op.get("accumulator_bits", 0) for op in ops), default=0),
         "info": dict(program.info),
+        "images": None if carried is None else carried.words(),
         "input": tensor(program.input),
         "output": program.output,
         "ops": ops,

@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from intact.cli.files import check_folder, make_folder
-from intact.cli.networks import (
+from intact.cli.images import (
     IMAGES,
-    MODEL_HELP,
+    SOURCE_HELP,
+    BuiltInDirOption,
     CropOption,
-    InputShapeOption,
+    ImageOptions,
     MeanOption,
     PresetOption,
     ResizeOption,
+    SamplesOption,
     SkipCorruptOption,
     StdOption,
-    WeightsOption,
     WorkersOption,
-    preprocessing_of,
-    shape_of,
+    check_used,
+    show_remarks,
 )
+from intact.cli.networks import MODEL_HELP, InputShapeOption, WeightsOption, shape_of
 from intact.cli.options import JsonOption, OutFolderOption, RecipeOption, command_line
 from intact.cli.pages import show_report
 from intact.cli.showing import progress, terminal
@@ -41,21 +43,12 @@ def quantize(
         typer.Option(
             "--data",
             metavar="SOURCE",
-            help="What every stage is measured on: a folder of images, with a folder per class or "
-            "without classes; a .npy, .npz or .safetensors file; digits or cifar10.",
+            help=f"What every stage is measured on: {SOURCE_HELP}",
         ),
     ],
     weights: WeightsOption = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option("--data-dir", metavar="DIR", help="Folder of cifar10's binary version."),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            "--samples", metavar="N", min=1, help="Measure on N of them; all if left out."
-        ),
-    ] = None,
+    data_dir: BuiltInDirOption = None,
+    samples: SamplesOption = None,
     calibration: Annotated[
         int,
         typer.Option(
@@ -101,7 +94,7 @@ def quantize(
     Without labels, stages are compared with the float network alone. docs/quantize.md says more.
     """
     shape = shape_of(input_shape)
-    preprocessing = preprocessing_of(preset, resize, crop, mean, std)
+    images = ImageOptions.parse(preset, resize, crop, mean, std)
     command = command_line(
         "quantize",
         model=model,
@@ -111,7 +104,7 @@ def quantize(
         samples=samples,
         calibration=calibration,
         calibration_data=calibration_data,
-        preset=None if preset is None else preset.value,
+        preset=images.preset,
         resize=resize,
         crop=crop,
         mean=mean,
@@ -133,6 +126,7 @@ def quantize(
         from intact.recipe import load_recipe
         from intact.report import report_to_json
 
+        preprocessing = images.applied(None)
         normalising = None
         if pixels:
             normalising = preprocessing or (PRESETS["signed"] if data in BUILT_IN else None)
@@ -156,12 +150,14 @@ def quantize(
                 skip_corrupt=skip_corrupt,
                 part=part,
                 data_dir=folder,
-                on_skip=skipped.setdefault,
+                on_skip=lambda message: skipped.setdefault(f"left out: {message}"),
             )
 
         test = opened(data, "test", data_dir)
         source = calibration_data or data
         training = opened(source, "train", data_dir if source in BUILT_IN else None)
+        if not pixels:  # there the options are for the network, whatever the samples are
+            check_used(images, test, training)
         experiment = run_experiment(
             network,
             training.take(calibration),
@@ -176,8 +172,7 @@ def quantize(
         tell("drawing the report", 0, 1)
         make_folder(out)
         write_experiment(experiment, out)
-    for message in skipped:
-        terminal(stderr=True).print(f"left out: {message}", style="yellow")
+    show_remarks(skipped)
     if as_json:
         typer.echo(report_to_json(experiment.report), nl=False)
         return

@@ -9,13 +9,27 @@ from typing import Annotated
 import typer
 
 from intact.cli.files import check_file, make_folder
+from intact.cli.images import (
+    SOURCE_HELP,
+    BuiltInDirOption,
+    CropOption,
+    ImageOptions,
+    MeanOption,
+    PresetOption,
+    ResizeOption,
+    SamplesOption,
+    SkipCorruptOption,
+    StdOption,
+    WorkersOption,
+    open_for,
+    show_remarks,
+)
 from intact.cli.options import (
     EngineChoice,
     EngineOption,
     JsonOption,
     ProgramArgument,
     ThreadsOption,
-    numbers,
 )
 from intact.cli.showing import aligned, progress, terminal
 
@@ -23,11 +37,8 @@ from intact.cli.showing import aligned, progress, terminal
 def run(
     program: ProgramArgument,
     source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="INPUTS",
-            help="A folder of images, an image, or a .npy or .npz file with one array of samples.",
-        ),
+        str,
+        typer.Argument(metavar="SOURCE", help=f"Samples: an image; {SOURCE_HELP}"),
     ],
     out: Annotated[
         Path | None,
@@ -35,56 +46,54 @@ def run(
             "-o", "--out", metavar="FILE", help="Write all outputs to FILE: .csv, .json or .npy."
         ),
     ] = None,
+    data_dir: BuiltInDirOption = None,
+    samples: SamplesOption = None,
+    preset: PresetOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    workers: WorkersOption = 0,
+    skip_corrupt: SkipCorruptOption = False,
     engine: EngineOption = EngineChoice.auto,
     threads: ThreadsOption = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            "--mean",
-            metavar="M[,M,M]",
-            help="Subtract this from pixels between 0 and 1, as in the training of the network; "
-            "one number, or one per channel; 0.5 if left out.",
-        ),
-    ] = None,
-    std: Annotated[
-        str | None,
-        typer.Option("--std", metavar="S[,S,S]", help="Then divide by this; 0.5 if left out."),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a program on images or arrays of your own, and show its predictions.
 
-    Prints per input the class with the largest output, and that output.
+    Prints per input the class with the largest output, and that output. Images are prepared as the
+    program says, which carries what `intact quantize` did; options about images override that.
     """
-    normalise = (numbers("--mean", mean or "0.5", float), numbers("--std", std or "0.5", float))
+    images = ImageOptions.parse(preset, resize, crop, mean, std)
+    remarks: dict[str, None] = {}  # a set that keeps its order
     with progress("loading") as tell:
         from intact.engines import load_engine
-        from intact.inference import check_suffix, infer, read_inputs
+        from intact.inference import check_suffix, infer
         from intact.storage import load
 
         if out is not None:
             check_suffix(out)
             check_file(out, program)
         loaded = load(program)
-        inputs = read_inputs(loaded, source, *normalise)
-        assumed = mean is None and std is None and inputs.normalised
-        total = len(inputs.names)
-        tell("running", 0, total)
+        chosen = open_for(
+            loaded,
+            source,
+            images,
+            data_dir=data_dir,
+            workers=workers,
+            skip_corrupt=skip_corrupt,
+            remark=remarks.setdefault,
+        ).take(samples)
         predictions = infer(
             loaded,
             load_engine(engine.value, loaded, threads=threads),
-            inputs,
-            lambda done: tell("running", done, total),
+            chosen,
+            lambda done: tell("running", done, chosen.count or 0),
         )
         if out is not None:
             make_folder(out.parent)
             predictions.write(out)
-    if assumed:
-        terminal(stderr=True).print(
-            "warning: pixels were normalised with mean 0.5 and std 0.5, as for the networks of the "
-            "zoo; if this one was trained with others, give --mean and --std",
-            style="yellow",
-        )
+    show_remarks(remarks)
     if as_json:
         typer.echo(json.dumps(predictions.to_list()))
         return
@@ -97,4 +106,4 @@ def run(
     console = terminal()
     console.print(aligned([("input", "class", "output"), *rows]))
     if out is not None:
-        console.print(f"\n{out}  all outputs of {total:,} inputs")
+        console.print(f"\n{out}  all outputs of {len(rows):,} inputs")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from intact.data.checking import as_floats, as_labels, check_floats, check_pixels, check_shape
 from intact.data.images import image_samples
 from intact.data.preprocessing import Preprocessing
-from intact.data.samples import Batch, Listed, Positions, Samples
+from intact.data.samples import Listed, Numbered, Positions, Samples
 from intact.errors import DataError
 from intact.ops import Shape
 
@@ -174,10 +174,10 @@ def array_samples(
     if shape is not None:
         check_shape(rows.shape[1:], shape, name)
 
-    def read(positions: Positions, size: int) -> Iterator[Batch]:
+    def read(positions: Positions, size: int) -> Iterator[Numbered]:
         for start in range(0, len(positions), size):
             at = positions[start : start + size]
-            yield as_floats(rows[at], name, at), None if indices is None else indices[at]
+            yield at, as_floats(rows[at], name, at), None if indices is None else indices[at]
 
     return Listed(
         name=name,

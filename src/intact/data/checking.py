@@ -23,8 +23,10 @@ from intact.ops import Shape
 __all__ = [
     "as_floats",
     "as_labels",
+    "channels_last_hint",
     "check_floats",
     "check_labels",
+    "check_pixel_values",
     "check_pixels",
     "check_shape",
     "first_where",
@@ -77,6 +79,13 @@ def shape_hint(given: Shape, expected: Shape) -> str:
     return ""
 
 
+def channels_last_hint(given: Shape) -> str:
+    """As `shape_hint`, of a sample that a network fails on whose shape nobody knows."""
+    if len(given) == 3 and given[2] in LAYOUTS and given[0] not in LAYOUTS:
+        return MOVE
+    return ""
+
+
 def check_shape(shape: Shape, expected: Shape, name: str) -> None:
     """`DataError` unless a sample has the shape that the network takes.
 
@@ -96,8 +105,8 @@ def check_floats(dtype: np.dtype[Any], name: str) -> None:
     if dtype == np.uint8:
         raise DataError(
             f"{name} holds uint8, which looks like pixels, but the network takes floats that are "
-            "normalised as in its training. Name the preprocessing, a mean and a standard "
-            "deviation at least, or give float32."
+            "normalised as in its training. Say how: `preprocessing`, on the command line "
+            "--preset, or --mean and --std; or give float32."
         )
     raise DataError(
         f"{name} holds {dtype.name}, but the network takes floats that are normalised as in its "
@@ -112,6 +121,15 @@ def check_pixels(shape: Shape, name: str) -> None:
         raise DataError(
             f"{name} holds uint8 {list(shape)}, but images are uint8 [N, C, H, W] with 1 or 3 "
             f"channels.{MOVE if last else ''}"
+        )
+
+
+def check_pixel_values(batch: npt.NDArray[np.float32], name: str) -> None:
+    """`DataError` unless all values are whole numbers from 0 to 255."""
+    if not ((batch >= 0) & (batch <= 255) & (batch == np.rint(batch))).all():
+        raise DataError(
+            f"{name} holds values that are no pixels, whole numbers from 0 to 255, so a program "
+            "that takes pixels cannot take them. Give images, or an array of uint8."
         )
 
 

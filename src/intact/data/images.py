@@ -14,7 +14,7 @@ from intact.data import Images, Labels
 from intact.data.folder import read_image
 from intact.data.preprocessing import Preprocessing
 from intact.data.processes import in_order
-from intact.data.samples import Batch, Listed, Positions, Samples
+from intact.data.samples import Listed, Numbered, Positions, Samples
 from intact.errors import DataError
 from intact.ops import Shape
 
@@ -41,6 +41,7 @@ def image_samples(
     shape: Shape | None,
     workers: int = 0,
     skipped: Callable[[str], object] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Samples:
     """Images that are read when a batch of them is.
 
@@ -50,6 +51,7 @@ def image_samples(
     workers   processes that decode; any number gives the same bits in the same order
     skipped   called, once for each, with the reason why an image is left out; None: an image that
               cannot be read is a `DataError`
+    names     of the images, by position, where they have any
 
     When all images have been left out, that is a `DataError`, too.
     """
@@ -57,7 +59,7 @@ def image_samples(
     decode = partial(_decode, preprocessing=preprocessing, shape=made)
     told: set[str] = set()
 
-    def read(positions: Positions, size: int) -> Iterator[Batch]:
+    def read(positions: Positions, size: int) -> Iterator[Numbered]:
         batches = [positions[i : i + size] for i in range(0, len(positions), size)]
         chunks = (fetch(batch[i : i + CHUNK]) for batch in batches for i in _starts(batch))
         nothing = True
@@ -74,7 +76,8 @@ def image_samples(
                 if readable.any():
                     nothing = False
                     x = preprocessing.floats(np.concatenate([part[0] for part in parts]))
-                    yield x, None if labels is None else labels[batch[readable]]
+                    at = batch[readable]
+                    yield at, x, None if labels is None else labels[at]
         if nothing:
             raise DataError(f"{name}: none of {len(positions)} images can be read.")
 
@@ -83,6 +86,8 @@ def image_samples(
         shape=made,
         labelled=labels is not None,
         classes=classes,
+        preprocessing=preprocessing,
+        names=names,
         reader=read,
         positions=np.arange(count),
     )

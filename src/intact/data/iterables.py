@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ from intact.data import Labels
 from intact.data.arrays import array_samples
 from intact.data.checking import as_floats, as_labels, check_floats, check_pixels, check_shape
 from intact.data.preprocessing import Preprocessing
-from intact.data.samples import Batch, Listed, Positions, Samples, Streamed
+from intact.data.samples import Listed, Numbered, Positions, Samples, Streamed
 from intact.errors import DataError, DataWarning
 from intact.ops import Shape
 
@@ -166,7 +166,7 @@ class _Converter:
                 check_shape(x.shape[1:], self.shape, where)
         return x, None if labels is None else as_labels(labels, len(x), where), single
 
-    def floats(self, x: Array, numbers: Sequence[int] | Positions) -> npt.NDArray[np.float32]:
+    def floats(self, x: Array, numbers: Positions) -> npt.NDArray[np.float32]:
         """What `arrays` returned as input of the network.
 
         numbers  of the samples, for messages
@@ -208,19 +208,21 @@ def _listed(source: Any, name: str, converter: _Converter) -> Samples:
     ends = np.cumsum(lengths)
     starts = ends - lengths
 
-    def pieces(positions: Positions) -> Iterator[Batch]:
+    def pieces(positions: Positions) -> Iterator[Numbered]:
         bounds = np.searchsorted(positions, [starts, ends])
         for i, (low, high) in enumerate(bounds.T.tolist()):
             if low < high:
                 x, labels, _ = convert.arrays(source[i], i)
                 at = positions[low:high]
                 inside = at - starts[i]
-                yield convert.floats(x[inside], at), None if labels is None else labels[inside]
+                given = None if labels is None else labels[inside]
+                yield at, convert.floats(x[inside], at), given
 
     return Listed(
         name=name,
         shape=shape,
         labelled=labels is not None,
+        preprocessing=converter.preprocessing if converter.is_pixels(x) else None,
         reader=lambda positions, size: _rebatch(pieces(positions), size),
         positions=np.arange(ends[-1]),
     )
@@ -232,17 +234,19 @@ def _streamed(source: Iterable[object], name: str, converter: _Converter) -> Sam
     x, labels, _ = converter.arrays(first, 0)
     shape, convert = converter.after(x, labels)
 
-    def pieces() -> Iterator[Batch]:
+    def pieces() -> Iterator[Numbered]:
         done = 0
         for i, element in enumerate(start()):
             x, labels, _ = convert.arrays(element, i)
-            yield convert.floats(x, range(done, done + len(x))), labels
+            at = np.arange(done, done + len(x))
+            yield at, convert.floats(x, at), labels
             done += len(x)
 
     return Streamed(
         name=name,
         shape=shape,
         labelled=labels is not None,
+        preprocessing=converter.preprocessing if converter.is_pixels(x) else None,
         reader=lambda size: _rebatch(pieces(), size),
     )
 
@@ -270,15 +274,15 @@ def _begin(source: Iterable[object], name: str) -> tuple[object, Callable[[], It
     return first, start
 
 
-def _rebatch(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
+def _rebatch(pieces: Iterable[Numbered], size: int) -> Iterator[Numbered]:
     """The same samples in batches of `size`; the last one holds what is left."""
-    held: list[Batch] = []
+    held: list[Numbered] = []
     count = 0
-    for x, labels in pieces:
+    for positions, x, labels in pieces:
         start = 0
         while start < len(x):
             part = slice(start, start + size - count)
-            held.append((x[part], None if labels is None else labels[part]))
+            held.append((positions[part], x[part], None if labels is None else labels[part]))
             count += len(held[-1][0])
             start = part.stop
             if count == size:
@@ -288,6 +292,8 @@ def _rebatch(pieces: Iterable[Batch], size: int) -> Iterator[Batch]:
         yield _joined(held)
 
 
-def _joined(held: list[Batch]) -> Batch:
-    labels = [labels for _, labels in held if labels is not None]
-    return np.concatenate([x for x, _ in held]), np.concatenate(labels) if labels else None
+def _joined(held: list[Numbered]) -> Numbered:
+    positions = np.concatenate([positions for positions, _, _ in held])
+    labels = [labels for _, _, labels in held if labels is not None]
+    x = np.concatenate([x for _, x, _ in held])
+    return positions, x, np.concatenate(labels) if labels else None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -27,6 +26,8 @@ MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for a network's number of input channels."""
 DEEP = ("I", "F")
 """What Pillow's modes of more than 8 bits start with: I, I;16, I;16B, F."""
+MAX_SIDE = 2**16
+"""Pixels that an image may be resized to: what a file asks for must not take all memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,17 @@ class Preprocessing:
                 raise DataError(
                     f"{len(values)} numbers were given to normalise 3 channels: give 1 or 3."
                 )
-            if not all(map(math.isfinite, values)):
-                raise DataError("the numbers to normalise with must be finite.")
-        if min(self.std) <= 0:
+            with np.errstate(over="ignore"):  # what overflows is found next
+                rounded = np.array(values, np.float32)
+            if not np.isfinite(rounded).all():
+                raise DataError("the numbers to normalise with must be finite, in float32 too.")
+        if min(self.std) <= 0 or np.float32(min(self.std)) == 0:
             raise DataError("the standard deviations of the channels must be positive.")
         sides = (self.crop,) if isinstance(self.crop, int) else self.crop or ()
         for side in (*sides, *(() if self.resize is None else (self.resize,))):
-            if side < 1:
-                raise DataError(f"images cannot be {side} pixels wide or high: give 1 or more.")
+            if not 1 <= side <= MAX_SIDE:
+                # Without the number: one from a file may have more digits than Python prints.
+                raise DataError(f"images must be 1 to {MAX_SIDE:,} pixels wide and high.")
         if self.resize is not None and sides and max(sides) > self.resize:
             raise DataError(
                 f"images whose shorter side is {self.resize} pixels cannot be cropped to "
@@ -112,19 +116,51 @@ class Preprocessing:
             _, height, width = network
         else:
             raise DataError(
-                "the size of the network's input is not known here: give the size to crop to."
+                "the size of the network's input is not known here: give `crop`, the size to crop "
+                "to; on the command line --crop, or --input-shape."
             )
         if self.resize is not None and max(height, width) > self.resize:
             raise DataError(
                 f"images whose shorter side is {self.resize} pixels cannot be cropped to the "
-                f"{height} x {width} of the network: resize to more."
+                f"{height} x {width} of the network: resize to more (--resize)."
             )
         if network is not None and network != (channels, height, width):
             raise DataError(
                 f"images are cropped to {height} x {width}, but the network takes {network[1]} x "
-                f"{network[2]}: crop to that."
+                f"{network[2]}: crop to that, on the command line with --crop "
+                f"{','.join(map(str, dict.fromkeys(network[1:])))}"
+                + ("." if self.resize is None else ", and resize as in its training (--resize).")
             )
         return channels, height, width
+
+    def settled(self, network: Shape) -> Preprocessing:
+        """The same for a network that takes samples of this shape, with everything spelled out.
+
+        `crop` is (height, width), `mean` and `std` have a number per channel, and are 0 and 1 where
+        `normalise` is False. Two that are settled and equal give the same inputs of every image.
+        """
+        channels, height, width = self.shape(network)
+        mean, std = (self.mean, self.std) if self.normalise else ((0.0,), (1.0,))
+        return replace(
+            self,
+            crop=(height, width),
+            mean=_each(mean, channels),
+            std=_each(std, channels),
+        )
+
+    def words(self) -> str:
+        """What is done to images, in words, of what `settled` returned."""
+        height, width = self.shape()[1:]
+        steps = f"resized to {height}×{width} ({self.interpolation})"
+        if self.resize is not None:
+            steps = (
+                f"shorter side resized to {self.resize} ({self.interpolation}), {height}×{width} "
+                "from the centre"
+            )
+        channels = "gray" if len(self.mean) == 1 else self.order.upper()
+        if not self.normalise:
+            return f"{steps}, {channels}, pixels as they are"
+        return f"{steps}, {channels}, mean {_shown(self.mean)}, std {_shown(self.std)}"
 
     def pixels(self, image: Image | Images, shape: Shape) -> Images:
         """An image as uint8 `[C, H, W]`, before it is normalised.
@@ -163,6 +199,16 @@ class Preprocessing:
         if not self.normalise:
             return pixels.astype(np.float32)
         return to_input(pixels, self.mean, self.std)
+
+
+def _each(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A number for each channel."""
+    return tuple(map(float, values * channels if len(values) == 1 else values))
+
+
+def _shown(values: tuple[float, ...]) -> str:
+    """`0.5`, or `0.485, 0.456, 0.406` where they differ."""
+    return ", ".join(f"{value:.6g}" for value in (values if len(set(values)) > 1 else values[:1]))
 
 
 def _resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:

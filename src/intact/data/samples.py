@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from intact.data import Labels, spread
+from intact.data.preprocessing import Preprocessing
 from intact.errors import DataError
 from intact.ops import Shape
 
-__all__ = ["Batch", "Listed", "Positions", "Samples", "Streamed"]
+__all__ = ["Batch", "Listed", "Numbered", "Positions", "Samples", "Streamed"]
 
 Batch = tuple[npt.NDArray[np.float32], Labels | None]
 """Samples float32 `[n, *shape]`, finite, with n >= 1, and their labels int64 `[n]`, if any."""
 Positions = npt.NDArray[np.int64]
+Numbered = tuple[Positions, npt.NDArray[np.float32], Labels | None]
+"""A `Batch`, with the positions of its samples in the source before it, int64 `[n]`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Samples(ABC):
     """A source of samples that is read in batches, again and again, without being held in memory.
 
-    name      what to call it in messages and reports: "images of photos", "test.npz"
-    shape     of one sample
-    count     samples that there are, at most, as files that cannot be read may be left out; None
-              where only reading tells
-    labelled  whether batches come with labels
-    classes   names of the classes, which labels are indices into, where the source has them
+    name           what to call it in messages and reports: "images of photos", "test.npz"
+    shape          of one sample
+    count          samples that there are, at most, as files that cannot be read may be left out;
+                   None where only reading tells
+    labelled       whether batches come with labels
+    classes        names of the classes, which labels are indices into, where the source has them
+    preprocessing  how pixels became these samples; None for floats, which are taken as they are
+    names          of all samples of the source, by position: the paths of images below their
+                   folder; None where samples have none but their numbers
 
     `open_samples` makes one of whatever a user has.
     """
@@ -39,9 +45,11 @@ class Samples(ABC):
     count: int | None
     labelled: bool
     classes: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    names: Sequence[str] | None = None
 
     @abstractmethod
-    def _read(self, size: int) -> Iterator[Batch]: ...
+    def _read(self, size: int) -> Iterator[Numbered]: ...
 
     @abstractmethod
     def _at_most(self, count: int) -> Samples: ...
@@ -55,7 +63,16 @@ class Samples(ABC):
         """
         if size < 1:
             raise DataError(f"a batch cannot hold {size} samples: give 1 or more.")
-        return self._read(size)
+        return ((x, labels) for _, x, labels in self._read(size))
+
+    def named_batches(self, size: int) -> Iterator[tuple[tuple[str, ...], npt.NDArray[np.float32]]]:
+        """As `batches`, without labels, but with what each sample is called; size >= 1.
+
+        That is its name in `names`, or its position in the source, from 0.
+        """
+        for positions, x, _ in self._read(size):
+            numbers = positions.tolist()
+            yield tuple(str(i) if self.names is None else self.names[i] for i in numbers), x
 
     def take(self, count: int | None) -> Samples:
         """At most so many of the samples; None: all.
@@ -79,7 +96,7 @@ class Listed(Samples):
     """
 
     count: int = field(init=False)
-    reader: Callable[[Positions, int], Iterator[Batch]]
+    reader: Callable[[Positions, int], Iterator[Numbered]]
     positions: Positions
 
     def __post_init__(self) -> None:
@@ -87,7 +104,7 @@ class Listed(Samples):
         if not self.count:
             raise DataError(f"{self.name}: there are no samples.")
 
-    def _read(self, size: int) -> Iterator[Batch]:
+    def _read(self, size: int) -> Iterator[Numbered]:
         return self.reader(self.positions, size)
 
     def _at_most(self, count: int) -> Samples:
@@ -103,17 +120,17 @@ class Streamed(Samples):
     """
 
     count: None = field(init=False, default=None)
-    reader: Callable[[int], Iterator[Batch]]
+    reader: Callable[[int], Iterator[Numbered]]
     most: int | None = None
 
-    def _read(self, size: int) -> Iterator[Batch]:
+    def _read(self, size: int) -> Iterator[Numbered]:
         left = self.most
-        for x, labels in self.reader(size):
+        for positions, x, labels in self.reader(size):
             if left is None or left > len(x):
-                yield x, labels
+                yield positions, x, labels
                 left = None if left is None else left - len(x)
             else:
-                yield x[:left], None if labels is None else labels[:left]
+                yield positions[:left], x[:left], None if labels is None else labels[:left]
                 return
 
     def _at_most(self, count: int) -> Samples:

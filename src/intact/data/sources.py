@@ -75,9 +75,9 @@ def open_samples(
     if path.suffix.lower() in ARRAY_SUFFIXES and not path.is_dir():
         return array_samples(path.name, *read_arrays(path), preprocessing, shape, workers)
     if path.is_dir():
-        classes, found = find_classes(path, part)
+        root, (classes, found) = path, find_classes(path, part)
     elif path.suffix.lower() in IMAGE_SUFFIXES and path.exists():
-        classes, found = None, [(path, 0)]
+        root, classes, found = path.parent, None, [(path, 0)]
     else:
         raise DataError(
             f"{path} is {'no data that can be read' if path.exists() else 'not there'}. Name a "
@@ -86,8 +86,9 @@ def open_samples(
         )
     if preprocessing is None:
         raise DataError(
-            f"{path} holds images, which must become the network's input as in its training: name "
-            f"the preprocessing, {', '.join(PRESETS)} or one of your own."
+            f"{path} holds images, which must become the network's input as in its training. Say "
+            f"how: `preprocessing`, one of PRESETS ({', '.join(PRESETS)}) or your own; on the "
+            "command line --preset, or --mean and --std."
         )
     files, labels = [file for file, _ in found], np.array([label for _, label in found], np.int64)
     name = path.name or path.resolve().name
@@ -105,6 +106,7 @@ def open_samples(
         shape,
         workers,
         skipped,
+        [file.relative_to(root).as_posix() for file in files],
     )
 
 

@@ -49,6 +49,7 @@ _RULES = {
     "dead-channels": "Constant channels",
     "few-codes": "Few codes in use",
     "few-images": "Few calibration images",
+    "guessing": "No better than guessing",
     "noisy": "Noise",
     "one-sided": "One-sided values",
     "saturating": "Saturation",
@@ -167,6 +168,7 @@ class _Certified:
     engines: tuple[_Compared, ...]
     settings: tuple[_Compared, ...]
     layers: tuple[_Compared, ...]
+    float_kinds: tuple[tuple[str, str], ...]
     floats: tuple[_Compared, ...]
     families: tuple[tuple[str, str], ...]
     boundaries: int
@@ -186,6 +188,8 @@ def _certificate(certificate: Certificate) -> _Certified:
     floats: dict[str, list[FloatResult]] = {}
     for result in certificate.floats:
         floats.setdefault(result.engine, []).append(result)
+    met = {result.kind for result in certificate.floats}
+    float_kinds = [kind for kind in FLOAT_KINDS if kind in met]
 
     def by_kind(name: str, runs: Sequence[EngineResult]) -> _Compared:
         cells = tuple(together(run.of_kind(kind) for run in runs) for kind in kinds)
@@ -205,21 +209,22 @@ def _certificate(certificate: Certificate) -> _Certified:
         ),
         tuple(by_kind(run.name, (run,)) for run in certificate.engines),
         tuple(by_engine(layer.name) for layer in certificate.layers),
-        tuple(_float_row(name, results) for name, results in floats.items()),
+        tuple((kind, FLOAT_KINDS[kind]) for kind in float_kinds),
+        tuple(_float_row(name, results, float_kinds) for name, results in floats.items()),
         tuple((name, ", ".join(run.name for run in runs)) for name, runs in families.items()),
         sum(boundary.hit for boundary in certificate.boundaries),
         sum(boundary.ties for boundary in certificate.boundaries),
     )
 
 
-def _float_row(name: str, results: Sequence[FloatResult]) -> _Compared:
+def _float_row(name: str, results: Sequence[FloatResult], kinds: Sequence[str]) -> _Compared:
     cells = {r.kind: (r.compared, r.different) for r in results}
     wrong = [r for r in results if not r.ok]
     aside = sum(r.samples_different for r in results if r.tolerated)
     note = wrong[0].failure if wrong else ""
     if aside and not wrong:
         note = f"rounds floats next to a tie otherwise, in {aside:,} samples"
-    return _Compared(name, tuple(cells.get(k, (0, 0)) for k in FLOAT_KINDS), note, not wrong)
+    return _Compared(name, tuple(cells.get(k, (0, 0)) for k in kinds), note, not wrong)
 
 
 def _layer(index: int, layer: LayerAnalysis, report: Report) -> _Layer:
@@ -380,7 +385,6 @@ def _environment() -> Environment:
         }
     )
     environment.globals.update(
-        float_kinds=tuple(FLOAT_KINDS.items()),
         sentence=words.sentence,
         stage_title=words.stage_title,
         explanation=words.explanation,
