@@ -1,16 +1,17 @@
-"""Time and peak memory of quantizing a network, ours and other tools'.
+"""Time and peak memory of quantizing a ResNet-50, ours and other tools'.
 
     python benchmarks/quantizers.py --images 256 --repeats 3 --python ~/peers/bin/python
 
 Each measurement is a process of its own, and the tools take turns. Measured is what a user waits
-for once the float network is in memory (ONNX Runtime: in a file), to the quantized one. Weights and
-images are random: nothing here depends on them. Memory counts all of a process, also its imports.
+for from the torch module to the quantized network: capturing is a part of ours, and writing the
+ONNX file a part of those that read one. Weights and images are random: nothing here depends on
+them. Memory counts all of a process, also its imports.
 
 * `intact`: `intact.quantize` by the default recipe
-* ONNX Runtime: `quantize_static`, QDQ, int8 weights per channel, MinMax, after its own
-  preprocessing; and the same with every setting at its default
-* NNCF on torch, ONNX and OpenVINO models, `nncf.quantize` at its defaults but for the number of
-  images
+* ONNX Runtime: `torch.onnx.export`, then `quantize_static`, QDQ, int8 weights per channel, MinMax,
+  after its own preprocessing; and the same with every setting at its default
+* NNCF: `nncf.quantize` at its defaults but for the number of images; on the module, or on the
+  exported file read by `onnx` or by OpenVINO
 
 A tool that the interpreter of `--python` cannot import is reported as missing. Linux only.
 """
@@ -30,22 +31,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-NETWORKS = ("resnet50", "resnet20")
-
-
-def make(network: str) -> tuple[Any, tuple[int, ...]]:
-    """A random network, and the shape of its input."""
-    if network == "resnet50":
-        from resnet50 import INPUT_SHAPE, random_resnet50
-
-        return random_resnet50(), INPUT_SHAPE
-    import torch
-
-    from intact.zoo import ResNet20
-
-    torch.manual_seed(0)
-    return ResNet20().eval(), (3, 32, 32)
-
 
 def images(shape: tuple[int, ...], count: int, batch: int) -> Iterator[Floats]:
     """Random images, made when they are asked for: float32 `[batch, *shape]` each."""
@@ -64,8 +49,24 @@ def ours(model: Any, shape: tuple[int, ...], _: Path, count: int, batch: int) ->
     children.report(lambda: intact.quantize(model, images(shape, count, batch)))
 
 
+def exported(model: Any, shape: tuple[int, ...], folder: Path) -> Path:
+    """The module as an ONNX file, by torch's exporter."""
+    import torch
+
+    path = folder / "float.onnx"
+    torch.onnx.export(
+        model,
+        (torch.zeros(1, *shape),),
+        path,
+        dynamo=False,
+        input_names=["x"],
+        dynamic_axes={"x": {0: "N"}},
+    )
+    return path
+
+
 def onnxruntime_static(
-    shape: tuple[int, ...], folder: Path, count: int, batch: int, **settings: Any
+    model: Any, shape: tuple[int, ...], folder: Path, count: int, batch: int, **settings: Any
 ) -> None:
     """`quantize_static` with some settings."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
@@ -80,17 +81,20 @@ def onnxruntime_static(
             return None if x is None else {"x": x}
 
     def work() -> None:
-        quant_pre_process(folder / "float.onnx", folder / "ready.onnx")
+        quant_pre_process(exported(model, shape, folder), folder / "ready.onnx")
         quantize_static(folder / "ready.onnx", folder / "int8.onnx", Reader(), **settings)
 
     children.report(work)
 
 
-def ort_per_channel(_: Any, shape: tuple[int, ...], folder: Path, count: int, batch: int) -> None:
+def ort_per_channel(
+    model: Any, shape: tuple[int, ...], folder: Path, count: int, batch: int
+) -> None:
     """ONNX Runtime as one sets it for accuracy."""
     from onnxruntime.quantization import QuantFormat, QuantType
 
     onnxruntime_static(
+        model,
         shape,
         folder,
         count,
@@ -102,12 +106,14 @@ def ort_per_channel(_: Any, shape: tuple[int, ...], folder: Path, count: int, ba
     )
 
 
-def ort_default(_: Any, shape: tuple[int, ...], folder: Path, count: int, batch: int) -> None:
+def ort_default(model: Any, shape: tuple[int, ...], folder: Path, count: int, batch: int) -> None:
     """ONNX Runtime as it comes."""
-    onnxruntime_static(shape, folder, count, batch)
+    onnxruntime_static(model, shape, folder, count, batch)
 
 
-def _nncf(model: Any, shape: tuple[int, ...], count: int, wrap: Callable[[Floats], Any]) -> None:
+def _nncf(
+    model: Callable[[], Any], shape: tuple[int, ...], count: int, wrap: Callable[[Floats], Any]
+) -> None:
     """`nncf.quantize`: images one by one, as its statistics want them."""
     import nncf
 
@@ -116,28 +122,29 @@ def _nncf(model: Any, shape: tuple[int, ...], count: int, wrap: Callable[[Floats
             return images(shape, count, 1)
 
     data = nncf.Dataset(Images(), wrap)
-    children.report(lambda: nncf.quantize(model, data, subset_size=count))
+    children.report(lambda: nncf.quantize(model(), data, subset_size=count))
 
 
 def nncf_torch(model: Any, shape: tuple[int, ...], _: Path, count: int, __: int) -> None:
     """NNCF on a torch module."""
     import torch
 
-    _nncf(model, shape, count, torch.from_numpy)
+    _nncf(lambda: model, shape, count, torch.from_numpy)
 
 
-def nncf_onnx(_: Any, shape: tuple[int, ...], folder: Path, count: int, __: int) -> None:
+def nncf_onnx(model: Any, shape: tuple[int, ...], folder: Path, count: int, _: int) -> None:
     """NNCF on an ONNX model."""
     import onnx
 
-    _nncf(onnx.load(folder / "float.onnx"), shape, count, lambda x: {"x": x})
+    _nncf(lambda: onnx.load(exported(model, shape, folder)), shape, count, lambda x: {"x": x})
 
 
-def nncf_openvino(_: Any, shape: tuple[int, ...], folder: Path, count: int, __: int) -> None:
+def nncf_openvino(model: Any, shape: tuple[int, ...], folder: Path, count: int, _: int) -> None:
     """NNCF on an OpenVINO model."""
     import openvino as ov
 
-    _nncf(ov.Core().read_model(folder / "float.onnx"), shape, count, lambda x: x)
+    core = ov.Core()
+    _nncf(lambda: core.read_model(exported(model, shape, folder)), shape, count, lambda x: x)
 
 
 Tool = Callable[[Any, tuple[int, ...], Path, int, int], None]
@@ -149,30 +156,16 @@ TOOLS: Mapping[str, Tool] = {
     "NNCF, ONNX": nncf_onnx,
     "NNCF, OpenVINO": nncf_openvino,
 }
-NEEDS_TORCH = ("intact", "NNCF, torch")
 
 
 # -- measuring -------------------------------------------------------------------------------------
 
 
 def child(args: argparse.Namespace) -> None:
-    """One measurement, or with `--export` the float network as ONNX."""
-    if args.export:
-        import torch
+    """One measurement."""
+    from resnet50 import INPUT_SHAPE, random_resnet50
 
-        model, shape = make(args.network)
-        torch.onnx.export(
-            model,
-            (torch.zeros(1, *shape),),
-            args.folder / "float.onnx",
-            dynamo=False,
-            input_names=["x"],
-            dynamic_axes={"x": {0: "N"}},
-        )
-        return
-    shape = (3, 224, 224) if args.network == "resnet50" else (3, 32, 32)
-    model = make(args.network)[0] if args.child in NEEDS_TORCH else None
-    TOOLS[args.child](model, shape, args.folder, args.images, args.batch)
+    TOOLS[args.child](random_resnet50(), INPUT_SHAPE, args.folder, args.images, args.batch)
 
 
 def main() -> None:
@@ -180,25 +173,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--network", choices=NETWORKS, default="resnet50")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="of ours and ONNX Runtime's")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--python", default=sys.executable, help="interpreter that has the peers")
     parser.add_argument("--child", choices=TOOLS, help=argparse.SUPPRESS)
-    parser.add_argument("--export", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child or args.export:
+    if args.child:
         child(args)
         return
     outcomes: dict[str, list[children.Outcome]] = {tool: [] for tool in args.tools}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        common = ["--network", args.network, "--folder", folder]
-        common += ["--images", str(args.images), "--batch", str(args.batch)]
-        children.call(Path(__file__), [*common, "--export"])
+        common = ["--folder", folder, "--images", str(args.images), "--batch", str(args.batch)]
         for _ in range(args.repeats):
             for tool in args.tools:
                 if tool in missing:
@@ -210,7 +199,7 @@ def main() -> None:
                 except RuntimeError as error:
                     missing[tool] = " ".join(str(error).split())
     base = outcomes.get("intact") or next(o for o in outcomes.values() if o)
-    print(f"{args.network}, {args.images} images, {args.repeats} runs each; medians\n")
+    print(f"ResNet-50, {args.images} images, {args.repeats} runs each; medians\n")
     print(
         "| tool | seconds | ratio | processor seconds | peak | ratio |\n|---|---|---|---|---|---|"
     )
