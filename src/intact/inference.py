@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from intact.arithmetic import dequantize
 from intact.data import spread
 from intact.data.arrays import SUFFIXES as ARRAY_SUFFIXES
-from intact.data.arrays import Rows, read_arrays
+from intact.data.arrays import Rows, npz_bytes, read_arrays
 from intact.data.checking import first_where, shape_hint
 from intact.data.folder import find_images, read_images
 from intact.data.preprocessing import Preprocessing
 from intact.engines import Engine
 from intact.errors import DataError
 from intact.program import Program
+from intact.signature import wrapped
 from intact.storage import write_atomically
 
 __all__ = ["SUFFIXES", "Inputs", "Predictions", "infer", "read_inputs"]
 
 SLICE = 256
 """Samples that are decoded and run at a time: memory does not grow with the number of images."""
-SUFFIXES = (".csv", ".json", ".npy")
+SUFFIXES = (".csv", ".json", ".npy", ".npz")
 """Of files that predictions can be written to."""
 
 Array = npt.NDArray[Any]
@@ -53,12 +53,17 @@ class Inputs:
 class Predictions:
     """What a program says about inputs.
 
-    names   as in `Inputs`
-    output  float32 `[N, *output shape]`, the dequantized output codes
+    names    as in `Inputs`
+    outputs  name -> float32 `[N, *output shape]`, the dequantized codes, in the program's order
     """
 
     names: tuple[str, ...]
-    output: npt.NDArray[np.float32]
+    outputs: Mapping[str, npt.NDArray[np.float32]]
+
+    @property
+    def output(self) -> npt.NDArray[np.float32]:
+        """The first output, `[N, *output shape]`: where there are classes, their scores."""
+        return next(iter(self.outputs.values()))
 
     @property
     def classes(self) -> npt.NDArray[np.int64]:
@@ -77,11 +82,13 @@ class Predictions:
         return self.output.reshape(len(self.output), int(np.prod(self.output.shape[1:])))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Per sample its name, class, and output as nested lists."""
-        return [
-            {"input": name, "class": int(label), "output": output.tolist()}
-            for name, label, output in zip(self.names, self.classes, self.output, strict=True)
-        ]
+        """Per sample its name, class, and output as nested lists; of several all by their names."""
+        listed = []
+        for i, (name, label) in enumerate(zip(self.names, self.classes, strict=True)):
+            values = {output: array[i].tolist() for output, array in self.outputs.items()}
+            shown = {"outputs": values} if len(values) > 1 else {"output": self.output[i].tolist()}
+            listed.append({"input": name, "class": int(label), **shown})
+        return listed
 
     def write(self, path: Path) -> None:
         """Write all outputs to a file, atomically; its suffix, one of `SUFFIXES`, says how.
@@ -89,8 +96,16 @@ class Predictions:
         .csv   a line per sample: name, class, and every output in row-major order
         .json  `to_list`
         .npy   the array `output` alone
+        .npz   all outputs under their names
+
+        Several outputs go to .json or .npz only: `DataError` for another.
         """
         check_suffix(path)
+        if len(self.outputs) > 1 and path.suffix not in (".json", ".npz"):
+            raise DataError(
+                f"the program has {len(self.outputs)} outputs, and {path.suffix} holds one: write "
+                ".npz or .json."
+            )
         if path.suffix == ".csv":
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
@@ -101,6 +116,8 @@ class Predictions:
             data = text.getvalue().encode()
         elif path.suffix == ".json":
             data = (json.dumps(self.to_list()) + "\n").encode()
+        elif path.suffix == ".npz":
+            data = npz_bytes(self.outputs)
         else:
             buffer = io.BytesIO()
             np.save(buffer, self.output, allow_pickle=False)
@@ -193,12 +210,15 @@ def infer(
     progress  called after each slice with the number of samples done
     """
     tell = progress or (lambda _: None)
-    spec = program.tensors[program.output]
-    output = np.empty((len(inputs.names), *spec.shape), np.float32)
+    n = len(inputs.names)
+    shapes = {name: program.tensors[name].shape for name in program.outputs}
+    outputs = {name: np.empty((n, *shape), np.float32) for name, shape in shapes.items()}
     done = 0
     for batch in inputs.slices():
         codes = program.quantize_input(batch) if batch.dtype.kind == "f" else batch
-        output[done : done + len(batch)] = dequantize(engine(codes), spec.qparams)
+        real = wrapped(program.dequantize_output(engine(codes)), program.outputs)
+        for name, part in zip(program.outputs, real, strict=True):
+            outputs[name][done : done + len(batch)] = part
         done += len(batch)
         tell(done)
-    return Predictions(inputs.names, output)
+    return Predictions(inputs.names, outputs)

@@ -35,10 +35,14 @@ def evaluate(
     engine: EngineOption = EngineChoice.auto,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the accuracy of a program on the test set of a data set."""
+    """Measure the accuracy of a program on the test set of a data set.
+
+    Of several outputs, the first one holds the scores of the classes.
+    """
     with progress("loading") as tell:
         from intact.data import load_dataset, to_input
         from intact.engines import load_engine
+        from intact.signature import wrapped
         from intact.significance import percent, wilson_interval
         from intact.storage import load
 
@@ -51,7 +55,8 @@ def evaluate(
             part = slice(start, start + BATCH)
             pixels, labels = dataset.test_images[part], dataset.test_labels[part]
             given = pixels if loaded.takes_pixels else loaded.quantize_input(to_input(pixels))
-            codes = run(given).reshape(len(pixels), -1)
+            first = wrapped(run(given), loaded.outputs)[0]
+            codes = first.reshape(len(pixels), -1)
             correct += int((codes.argmax(axis=1) == labels).sum())
             tell("evaluating", start + len(labels), total)
     low, high = wilson_interval(correct, total)
@@ -74,7 +79,7 @@ def evaluate(
 
 
 def _check_classes(program: Program, dataset: Dataset) -> None:
-    outputs = math.prod(program.tensors[program.output].shape)
+    outputs = math.prod(program.tensors[program.outputs[0]].shape)
     if len(dataset.classes) > outputs:
         raise DataError(
             f"the program tells {outputs} classes apart, but {dataset.name} has "

@@ -32,7 +32,10 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", metavar="FILE", help="Write all outputs to FILE: .csv, .json or .npy."
+            "-o",
+            "--out",
+            metavar="FILE",
+            help="Write all outputs to FILE: .csv, .json, .npy or .npz.",
         ),
     ] = None,
     engine: EngineOption = EngineChoice.auto,
@@ -54,7 +57,8 @@ def run(
 ) -> None:
     """Run a program on images or arrays of your own, and show its predictions.
 
-    Prints per input the class with the largest output, and that output.
+    Prints per input the class with the largest output, and that output; of several outputs, from
+    the first. Several go to .json or .npz files.
     """
     normalise = (numbers("--mean", mean or "0.5", float), numbers("--std", std or "0.5", float))
     with progress("loading") as tell:

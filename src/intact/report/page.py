@@ -382,6 +382,7 @@ def _environment() -> Environment:
     environment.globals.update(
         float_kinds=tuple(FLOAT_KINDS.items()),
         sentence=words.sentence,
+        outputs_note=words.outputs_note,
         stage_title=words.stage_title,
         explanation=words.explanation,
     )
