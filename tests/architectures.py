@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["ARCHITECTURES"]
+__all__ = ["ARCHITECTURES", "SEVERAL"]
 
 
 def conv(
@@ -272,6 +272,107 @@ class ConvNeXtBlock(nn.Module):
 def convnext() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 4, 4), ConvNeXtBlock(16), ConvNeXtBlock(16), Head(16))
 
+
+# -- several inputs and outputs ------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """As in FPN: maps of three sizes, each smoothed, from a backbone and a top-down path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, widths = conv(3, 8), (8, 12, 16)
+        self.down1, self.down2 = conv(8, 12, 3, 2), conv(12, 16, 3, 2)
+        self.lateral = nn.ModuleList(nn.Conv2d(width, 8, 1) for width in widths)
+        self.smooth = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in widths)
+
+    def forward(self, x):
+        c1 = self.stem(x)
+        c2 = self.down1(c1)
+        c3 = self.down2(c2)
+        p3 = self.lateral[2](c3)
+        p2 = self.lateral[1](c2) + F.interpolate(p3, scale_factor=2, mode="nearest")
+        p1 = self.lateral[0](c1) + F.interpolate(p2, scale_factor=2, mode="nearest")
+        return {
+            f"p{i}": smooth(p)
+            for i, (smooth, p) in enumerate(zip(self.smooth, (p1, p2, p3), strict=True))
+        }
+
+
+class TwoHeads(nn.Module):
+    """Classes and boxes from one backbone, whose features are given out as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv(3, 8, 3, 2), Bottleneck(8, 16, 2))
+        self.classes, self.boxes = Head(16), Head(16, 4)
+
+    def forward(self, x):
+        x = self.features(x)
+        return self.classes(x), torch.sigmoid(self.boxes(x)), x
+
+
+class Siamese(nn.Module):
+    """One tower, called for two images, and how alike they are: their products and difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(conv(3, 8, 3, 2), conv(8, 12, 3, 2), nn.AdaptiveAvgPool2d(1))
+        self.embed, self.compare = nn.Linear(12, 8), nn.Linear(16, 2)
+
+    def forward(self, left, right):
+        a, b = (self.embed(self.tower(image).flatten(1)) for image in (left, right))
+        return self.compare(torch.cat([a * b, a - b], 1))
+
+
+class ImageAndFacts(nn.Module):
+    """An image, and a vector of facts about it that gates its channels and joins its features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(conv(3, 8, 3, 2), conv(8, 16, 3, 2))
+        self.gate, self.facts = nn.Linear(6, 16), nn.Linear(6, 8)
+        self.fc = nn.Linear(24, 10)
+
+    def forward(self, image, facts):
+        x = self.image(image) * torch.sigmoid(self.gate(facts))[:, :, None, None]
+        return self.fc(torch.cat([x.mean((2, 3)), F.relu(self.facts(facts))], 1))
+
+
+class Recurrent(nn.Module):
+    """One step of a recurrent network: a frame and a state to scores and the next state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.mix, self.fc = conv(3, 8, 3, 2), nn.Conv2d(16, 8, 3, padding=1), Head(8)
+
+    def forward(self, frame, state):
+        state = torch.tanh(self.mix(torch.cat([self.look(frame), state], 1)))
+        return self.fc(state), state
+
+
+class Twice(nn.Module):
+    """A block that is called twice in a row, with one set of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = conv(3, 8, 3, 2), conv(8, 8), Head(8)
+
+    def forward(self, x):
+        first = self.block(self.stem(x))
+        return self.head(self.block(first)), first
+
+
+IMAGE = (3, 32, 32)
+SEVERAL = {
+    "Pyramid": (Pyramid, (IMAGE,)),
+    "TwoHeads": (TwoHeads, (IMAGE,)),
+    "Siamese": (Siamese, (IMAGE, IMAGE)),
+    "ImageAndFacts": (ImageAndFacts, (IMAGE, (6,))),
+    "Recurrent": (Recurrent, (IMAGE, (8, 16, 16))),
+    "Twice": (Twice, (IMAGE,)),
+}
+"""Networks with several inputs or outputs, and the shapes of their inputs."""
 
 ARCHITECTURES = {
     "AlexNet": alexnet,

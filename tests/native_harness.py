@@ -16,6 +16,7 @@ from intact.engines.native.cache import open_cache
 from intact.engines.native.emit import generate
 from intact.engines.reference import ReferenceEngine
 from intact.program import Program
+from intact.signature import Values, unwrapped
 
 
 class Module(ctypes.Structure):
@@ -90,18 +91,25 @@ class Compiled:
         self._arena = memory[start : start + self.module.arena_bytes]
         self.module.init(self._arena.ctypes.data)
 
-    def run(self, codes: np.ndarray) -> np.ndarray:
-        codes = np.ascontiguousarray(codes)
-        spec = self.program.tensors[self.program.output]
-        out = np.empty((len(codes), *spec.shape), spec.qparams.dtype)
+    def run(self, codes: Values) -> Values:
+        codes = as_bytes(codes)
+        out = np.empty((len(codes), self.module.output_bytes), np.uint8)
         for i in range(0, len(codes), self.module.block):
             part = codes[i : i + self.module.block]
             to = out[i : i + self.module.block]
             self.module.run(part.ctypes.data, to.ctypes.data, len(part), self._arena.ctypes.data)
-        return out
+        results, start = [], 0
+        for name in self.program.outputs:
+            spec = self.program.tensors[name]
+            end = start + math.prod(spec.shape)
+            values = np.ascontiguousarray(out[:, start:end]).view(spec.qparams.dtype)
+            results.append(values.reshape(len(codes), *spec.shape))
+            start = end
+        return unwrapped(results)
 
-    def trace(self, sample: np.ndarray) -> dict[str, np.ndarray]:
-        sample = np.ascontiguousarray(sample)
+    def trace(self, sample: Values) -> dict[str, np.ndarray]:
+        """All traced tensors of a batch of one."""
+        sample = as_bytes(sample)
         traced = np.empty(self.module.trace_bytes, np.uint8)
         out = np.empty(self.module.output_bytes, np.uint8)
         self.module.trace(
@@ -118,18 +126,29 @@ class Compiled:
         return result
 
 
-def first_difference(compiled: Compiled, codes: np.ndarray) -> str | None:
+def as_bytes(codes: Values) -> np.ndarray:
+    """Samples as kernels take them: the codes of all inputs, one behind the other."""
+    arrays = codes if isinstance(codes, tuple) else (codes,)
+    return np.concatenate(
+        [np.frombuffer(a.tobytes(), np.uint8).reshape(len(a), -1) for a in arrays], axis=1
+    )
+
+
+def first_difference(compiled: Compiled, codes: Values) -> str | None:
     """The first tensor, or batch size, at which kernels and reference part; None if nowhere."""
     expected: dict[str, list[np.ndarray]] = {}
     output = ReferenceEngine(compiled.program)(
         codes, lambda name, tensor: expected.setdefault(name, []).append(tensor)
     )
-    for name, tensor in compiled.trace(codes[0]).items():
+    inputs = codes if isinstance(codes, tuple) else (codes,)
+    outputs = output if isinstance(output, tuple) else (output,)
+    for name, tensor in compiled.trace(unwrapped(array[:1] for array in inputs)).items():
         if not np.array_equal(tensor, expected[name][0][0]):
             return name
     block = compiled.module.block
     for n in sorted({1, block - 1, block, block + 1, 3 * block} - {0}):
-        repeated = np.resize(codes, (n, *codes.shape[1:]))
-        if not np.array_equal(compiled.run(repeated), np.resize(output, (n, *output.shape[1:]))):
-            return f"a batch of {n}"
+        got = compiled.run(unwrapped(np.resize(array, (n, *array.shape[1:])) for array in inputs))
+        for right, made in zip(outputs, got if isinstance(got, tuple) else (got,), strict=True):
+            if not np.array_equal(made, np.resize(right, (n, *right.shape[1:]))):
+                return f"a batch of {n}"
     return None

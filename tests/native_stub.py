@@ -106,7 +106,7 @@ def copy_module(kit: SimpleNamespace, size: int) -> Path:
 def copy_program(given: QParams, size: int) -> Program:
     """A program that does the same: its grid is that of input and output."""
     tensors = {"x": QTensor((size,), given), "y": QTensor((size,), given)}
-    return Program("x", "y", (Clamp("y", ("x",)),), tensors, {})
+    return Program(("x",), ("y",), (Clamp("y", ("x",)),), tensors, {})
 
 
 def codes_for(program: Program, n: int, seed: int = 0) -> np.ndarray:

@@ -276,6 +276,7 @@ def _report(layers: tuple[LayerAnalysis, ...], source: TensorAnalysis) -> Report
             ops=len(layers),
             macs=sum(layer.macs for layer in layers),
             accumulator_bits=max(layer.accumulator_bits for layer in layers),
+            outputs=(layers[-1].name,),
         ),
         recipe={"name": "default", "activations": {"scheme": "affine", "bits": 8}, "layers": {}},
         recipe_toml='name = "default"\n\n[weights]\nper_channel = true\n\n'

@@ -47,6 +47,7 @@ from intact.ops import (
     pool_size,
 )
 from intact.program import Program, QTensor
+from intact.signature import unwrapped
 
 Draw = Any
 MOST_ELEMENTS = 2048
@@ -59,6 +60,7 @@ class Builder:
 
     tensors: dict[str, QTensor]
     rng: np.random.Generator
+    inputs: list[str] = field(default_factory=lambda: ["x"])
     ops: list[Op] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
 
@@ -66,9 +68,16 @@ class Builder:
     def start(cls, shape: Shape, qparams: QParams, seed: int = 0) -> Builder:
         return cls({"x": QTensor(shape, qparams)}, np.random.default_rng(seed))
 
-    def finish(self, output: str | None = None, info: dict[str, str] | None = None) -> Program:
-        last = output or self.ops[-1].name
-        return Program("x", last, tuple(self.ops), self.tensors, self.parameters, info or {})
+    def input(self, name: str, shape: Shape, qparams: QParams) -> str:
+        """Add another input."""
+        self.inputs.append(name)
+        self.tensors[name] = QTensor(shape, qparams)
+        return name
+
+    def finish(self, *outputs: str | None, info: dict[str, str] | None = None) -> Program:
+        last = tuple(output or self.ops[-1].name for output in outputs or (None,))
+        inputs, ops = tuple(self.inputs), tuple(self.ops)
+        return Program(inputs, last, ops, self.tensors, self.parameters, info or {})
 
     def shape(self, name: str) -> Shape:
         return self.tensors[name].shape
@@ -198,13 +207,18 @@ def shapes() -> st.SearchStrategy[Shape]:
 
 
 @st.composite
-def programs(draw: Draw, max_ops: int = 6) -> Program:
-    """Small valid programs over all ops of `ops.py`."""
+def programs(draw: Draw, max_ops: int = 6, *, several: bool = False) -> Program:
+    """Small valid programs over all ops of `ops.py`.
+
+    several  whether there may be up to three inputs and outputs, of any types; else one of each
+    """
     if draw(st.integers(0, 19)) == 0:
         shape: Shape = (draw(st.integers(500, 1500)),)  # accumulators far beyond 2**24
     else:
         shape = draw(shapes())
     b = Builder.start(shape, draw(grids()), draw(st.integers(0, 2**32 - 1)))
+    for i in range(draw(st.integers(0, 2)) if several else 0):
+        b.input(f"x{i}", draw(shapes()), draw(grids()))
     for _ in range(draw(st.integers(1, max_ops))):
         names = list(b.tensors)
         source = draw(st.sampled_from([names[-1], names[-1], *names]))
@@ -213,16 +227,30 @@ def programs(draw: Draw, max_ops: int = 6) -> Program:
         if len(b.shape(source)) == 3:
             kinds += [*[_conv] * 4, *[_max_pool] * 2, *[_avg_pool] * 2, _global_avg_pool]
         draw(st.sampled_from(kinds))(draw, b, source)
+    info = draw(st.sampled_from([{}, {"recipe": "täglich\n\t8 bits"}]))
+    if several:
+        for name in b.inputs:
+            if not any(name in op.inputs for op in b.ops):
+                _requantize(draw, b, name)
+        made = st.sampled_from([op.name for op in b.ops])
+        return b.finish(*draw(st.lists(made, min_size=1, max_size=3, unique=True)), info=info)
     output = draw(st.sampled_from([b.ops[-1].name, b.ops[-1].name, *(op.name for op in b.ops)]))
-    return b.finish(output, draw(st.sampled_from([{}, {"recipe": "täglich\n\t8 bits"}])))
+    return b.finish(output, info=info)
 
 
 @st.composite
 def input_codes(draw: Draw, program: Program) -> Any:
-    """A batch of 0 to 3 samples: uniform codes, only the extremes, or one code throughout."""
-    spec = program.tensors[program.input]
+    """A batch of 0 to 3 samples: uniform codes, only the extremes, or one code throughout.
+
+    Of several inputs a tuple.
+    """
+    n = draw(st.sampled_from([1, 2, 3, 0]))
+    return unwrapped(_codes_of(draw, program.tensors[name], n) for name in program.inputs)
+
+
+def _codes_of(draw: Draw, spec: QTensor, n: int) -> Any:
     low, high = spec.qparams.qmin, spec.qparams.qmax
-    shape = (draw(st.sampled_from([1, 2, 3, 0])), *spec.shape)
+    shape = (n, *spec.shape)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["uniform", "extremes", "constant"]))
     if kind == "uniform":

@@ -36,8 +36,8 @@ def residual() -> Network:
         "fc.bias": rng.normal(0, 1, 5),
     }
     return Network(
-        "x",
-        "fc",
+        ("x",),
+        ("fc",),
         (
             Conv2d("conv1", ("x",), padding=(1, 1, 1, 1)),
             Conv2d("conv2", ("conv1",), padding=(1, 1, 1, 1)),

@@ -35,8 +35,8 @@ def small_network() -> Network:
         return torch.randn(shape, generator=generator) / 4
 
     return Network(
-        input="image",
-        output="fc",
+        inputs=("image",),
+        outputs=("fc",),
         ops=(
             Conv2d("conv1", ("image",)),
             MaxPool2d("pool", ("conv1",)),
@@ -103,8 +103,8 @@ def test_the_sketches_of_shards_merge_to_those_of_the_whole(shards):
 def test_large_tensors_are_sampled_at_the_same_positions_in_any_batch():
     side = 120  # 43,200 values to an image
     network = Network(
-        input="image",
-        output="conv",
+        inputs=("image",),
+        outputs=("conv",),
         ops=(Conv2d("conv", ("image",), stride=(8, 8)),),
         tensors={"image": TensorSpec((3, side, side)), "conv": TensorSpec((1, 15, 15))},
         parameters={"conv.weight": torch.ones(1, 3, 1, 1)},

@@ -684,16 +684,19 @@ def test_an_operation_without_a_place_is_refused_with_advice(f, shape, message):
 @pytest.mark.parametrize(
     ("f", "message"),
     [
-        (lambda x: (x, x), "must return one tensor, not a tuple of 2"),
-        (lambda x: {"a": x + x, "b": x}, "must return one tensor, not a dict of 2"),
-        (lambda _: None, "Call must return one tensor"),
+        (lambda x: (x, x), "returns its input: there is nothing to capture"),
+        (lambda x: {"a": x + x, "b": [3]}, r"Call returns 3 at \['b'\]\[0\], which is no tensor"),
+        (lambda x: (x + x, x > 0), r"returns torch.bool at \[1\]; return float32"),
+        (lambda x: (x + x, torch.ones(3) + 1), r"the output at \[1\] does not depend on the input"),
+        (lambda _: None, "Call returns no tensor"),
+        (lambda _: (None, []), "Call returns no tensor"),
         (lambda x: x, "returns its input: there is nothing to capture"),
         (lambda x: x.clone(), "returns its input"),
         (lambda _: torch.ones(3) + 1, "does not depend on the input"),
         (lambda x: x > 0, "returns torch.bool; return float32"),
     ],
 )
-def test_a_result_that_is_not_one_computed_tensor_is_refused(f, message):
+def test_a_result_that_is_no_computed_tensor_is_refused(f, message):
     with pytest.raises(CaptureError, match=message):
         capture(Call(f), torch.zeros(2, 6))
 
@@ -730,13 +733,16 @@ def test_a_module_that_fails_is_refused_with_its_own_error_and_line():
     assert "return s.fc(x)" in text
 
 
-def test_a_module_of_several_inputs_is_refused():
+def test_a_module_that_takes_another_number_of_inputs_than_the_example_has_is_refused():
     class Two(nn.Module):
         def forward(self, image, mask, flag=True):
             return image + mask if flag else image
 
-    with pytest.raises(CaptureError, match=r"takes 2 inputs \(image, mask\)"):
-        capture(Two(), torch.zeros(1, 4))
+    for example in (torch.zeros(1, 4), (torch.zeros(1, 4),), (torch.zeros(1, 4),) * 4):
+        count = 1 if isinstance(example, torch.Tensor) else len(example)
+        reason = rf"takes 2 inputs \(image, mask\), but the example has {count}. Give a tuple"
+        with pytest.raises(CaptureError, match=reason):
+            capture(Two(), example)
 
 
 def spoiled(name: str, value: float) -> nn.Module:

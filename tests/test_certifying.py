@@ -563,12 +563,12 @@ def float_engine(quantize: Callable[[Program, np.ndarray], np.ndarray]) -> Float
     """An engine that is exact but for how it quantizes its input."""
 
     def make(program: Program):
-        def run(x):
+        def run(inputs):
             tensors: dict[str, np.ndarray] = {}
-            codes = quantize(program, x)
+            codes = quantize(program, inputs[0])
             ReferenceEngine(program)(codes, lambda n, c: tensors.__setitem__(n, c.copy()))
             tensors.pop(program.input)
-            return program.run(codes, "reference"), tensors
+            return (program.run(codes, "reference"),), tensors
 
         return run
 

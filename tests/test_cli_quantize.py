@@ -449,7 +449,7 @@ def test_check_as_json_has_the_source_lines(here):
     assert (ran.code, ran.err) == (0, "")
     facts = json.loads(ran.out)
     assert facts["ok"] is True
-    assert facts["input"] == [3, 32, 32]
+    assert facts["inputs"] == {"input": [3, 32, 32]}
     assert [layer["op"] for layer in facts["layers"]] == [
         "MaxPool2d", "Conv2d", "Reshape", "Linear",
     ]  # fmt: skip

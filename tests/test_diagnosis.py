@@ -43,8 +43,8 @@ def network(width: int = WIDE, **changes: np.ndarray) -> Network:
     }
     parameters |= {name.replace("_", "."): value for name, value in changes.items()}
     return Network(
-        "x",
-        "last",
+        ("x",),
+        ("last",),
         (
             Reshape("flat", ("x",), (WIDE,)),
             Linear("hidden", ("flat",)),
@@ -403,8 +403,8 @@ def test_a_small_operand_of_an_addition_is_explained():
     rng = np.random.default_rng(0)
     small = torch.tensor(rng.normal(0, 0.01, (10, WIDE)), dtype=torch.float32)
     net = Network(
-        "x",
-        "sum",
+        ("x",),
+        ("sum",),
         (*net.ops, Linear("small", ("hidden",)), Add("sum", ("last", "small"))),
         {**net.tensors, "small": TensorSpec((10,)), "sum": TensorSpec((10,))},
         {**net.parameters, "small.weight": small},

@@ -143,8 +143,8 @@ def test_the_reference_evaluator_pools_codes_with_a_stride_of_1(signed, padding)
     top, bottom, left, right = padding
     shape = (2, 3 + top + bottom, 3 + left + right)
     program = Program(
-        "x",
-        "y",
+        ("x",),
+        ("y",),
         (MaxPool2d("y", ("x",), (3, 3), (1, 1), padding),),
         {"x": QTensor((2, 5, 5), grid), "y": QTensor(shape, grid)},
         {},

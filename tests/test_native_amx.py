@@ -18,9 +18,10 @@ from intact.engines import load_engine, native
 from intact.engines.native import build, emit_amx
 from intact.engines.native.cpu import ISAS
 from intact.engines.native.emit import generate
-from intact.engines.native.runtime import load_runtime
+from intact.engines.native.runtime import load_runtime, pack
 from intact.ops import Add, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Reshape, Table
 from intact.program import Program
+from intact.signature import Values, wrapped
 from native_stub import codes_for, private_cache, tools
 from strategies import Builder, input_codes, programs
 
@@ -59,11 +60,13 @@ def load(kit, program: Program, source: str, *, emulated: bool):
     return kit.runtime.load(path, program, 1)
 
 
-def differing(kit, program: Program, codes: np.ndarray, *, fuse: bool = True) -> list[str]:
+def differing(kit, program: Program, codes: Values, *, fuse: bool = True) -> list[str]:
     """Names of the tensors that differ from the reference engine's, on every way to run tiles."""
     generated = generate(program, "amx", fuse=fuse)
     expected: dict[str, np.ndarray] = {}
     output = load_engine("reference", program)(codes, expected.__setitem__)
+    output = pack(wrapped(output, program.outputs))
+    codes = pack(program.check_codes(codes))
     wrong = []
     for emulated in {True, not kit.tiles}:
         loaded = load(kit, program, generated.source, emulated=emulated)
@@ -78,7 +81,7 @@ def differing(kit, program: Program, codes: np.ndarray, *, fuse: bool = True) ->
             size = int(np.prod(spec.shape))
             got = np.ascontiguousarray(traced[:, at : at + size]).view(spec.qparams.dtype)
             at += size
-            if not np.array_equal(got, expected.get(name, codes).reshape(len(codes), size)):
+            if not np.array_equal(got, expected[name].reshape(len(codes), size)):
                 wrong.append(name)
         assert at == traced.shape[1]
     return wrong
@@ -280,9 +283,9 @@ def test_any_part_of_a_block_has_the_bits_of_the_reference(kit, monkeypatch, n):
 
 
 def any_program(kit, monkeypatch, data):
-    program, seed = data.draw(programs()), data.draw(st.integers(0, 9))
-    codes = data.draw(input_codes(program))
-    if len(codes):
+    program = data.draw(programs(several=data.draw(st.booleans())))
+    seed, codes = data.draw(st.integers(0, 9)), data.draw(input_codes(program))
+    if len(wrapped(codes, program.inputs)[0]):
         with monkeypatch.context() as patch:
             Choices(patch, seed)
             assert differing(kit, program, codes, fuse=data.draw(st.booleans())) == []

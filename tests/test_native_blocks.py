@@ -218,7 +218,7 @@ def test_tables_are_fused_into_every_kind_of_layer(isa, tmp_path):
     steps = [*plan.head, *plan.tail]
     assert all(isinstance(step, MatMul) and step.table is not None for step in steps)
     assert len(steps) == 6
-    assert plan.input.phases == 2  # the first one is computed across pixels
+    assert plan.inputs[0].phases == 2  # the first one is computed across pixels
     assert agrees(program, isa, tmp_path)
 
 

@@ -174,13 +174,13 @@ def test_first_layers_on_images_of_any_size(isa, tmp_path):
 
 
 def test_vectors_run_on_from_row_to_row_where_that_takes_fewer():
-    places = [make_plan(p, Avx512Vnni.layout).input for p in first_layers(40)]
+    places = [make_plan(p, Avx512Vnni.layout).inputs[0] for p in first_layers(40)]
     windowed = [place for place in places if place.windows]
     assert {place.row_phases for place in windowed} >= {0, 1, 2, 4}
     lenet = Builder.start((3, 32, 32), UINT8)
     lenet.weighted(Conv2d("conv", ("x",)), weights(lenet.rng, 6, 3, 5, 5), UINT8)
     lenet.add(MaxPool2d("pool", ("conv",), (2, 2), (2, 2)), UINT8)
-    place = make_plan(lenet.finish(), Avx512Vnni.layout).input
+    place = make_plan(lenet.finish(), Avx512Vnni.layout).inputs[0]
     # 196 windows of 16 bytes lie side by side, by the parity of their rows and columns.
     assert (place.windows, place.phases, place.row_phases, place.row) == (4, 2, 2, 14 * 4)
     assert place.line(5) == place.row_phase + 2 * place.row

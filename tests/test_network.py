@@ -40,7 +40,7 @@ def single(op: Op, shape, parameters=(), low=-math.inf, high=math.inf) -> Networ
     shapes = [shape] * len(op.inputs)
     result = output_shape(op, shapes, None if weight is None else tuple(weight.shape))
     tensors = {"x": TensorSpec(shape), "y": TensorSpec(result, low, high)}
-    return Network("x", "y", (op,), tensors, parameters)
+    return Network(("x",), ("y",), (op,), tensors, parameters)
 
 
 def chain() -> Network:
@@ -49,8 +49,8 @@ def chain() -> Network:
     shapes |= {"pool": (4, 3, 3), "flat": (36,), "fc": (5,)}
     generator = torch.Generator().manual_seed(3)
     return Network(
-        input="x",
-        output="fc",
+        inputs=("x",),
+        outputs=("fc",),
         ops=(
             Conv2d("conv", ("x",), padding=(1, 1, 1, 1)),
             Clamp("c", ("conv",)),
@@ -273,7 +273,7 @@ def test_the_mappings_of_a_network_cannot_be_changed():
 
 def test_a_network_keeps_copies_of_the_mappings_it_was_given():
     tensors = {"x": TensorSpec((4,)), "y": TensorSpec((4,))}
-    network = Network("x", "y", (Clamp("y", ("x",)),), tensors, {})
+    network = Network(("x",), ("y",), (Clamp("y", ("x",)),), tensors, {})
     tensors.clear()
     assert set(network.tensors) == {"x", "y"}
 
@@ -294,7 +294,7 @@ def without(mapping, *names):
             lambda n: {"tensors": {**n.tensors, "fc": TensorSpec((6,))}},
             r"'fc' yields \[5\], but its TensorSpec says \[6\]",
         ),
-        (lambda _: {"output": "nowhere"}, "'nowhere' is computed by no op"),
+        (lambda _: {"outputs": ("nowhere",)}, "'nowhere' is computed by no op"),
         (
             lambda n: {"parameters": {**n.parameters, "fc.weight": torch.zeros(5, 35)}},
             "Linear 'fc': input",

@@ -281,7 +281,7 @@ def test_batches_of_any_size_and_layout_give_the_same_codes(make, monkeypatch):
     assert np.array_equal(engine(codes[::-1]), expected[::-1])
     empty = engine(codes[:0])
     assert (empty.shape, empty.dtype) == ((0, 3), np.int8)
-    with pytest.raises(ProgramError, match="input codes must be int8"):
+    with pytest.raises(ProgramError, match="codes of the input must be int8"):
         engine(codes.astype(np.uint8))
 
 

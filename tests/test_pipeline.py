@@ -258,7 +258,7 @@ def program() -> intact.Program:
 INPUTS = {
     "none": (lambda: None, "the input is object. Give float32 values, or codes as int8"),
     "text": (lambda: "abc", "Give float32 values, or codes as int8"),
-    "dict": (lambda: {"x": X}, "the input is object. Give float32"),
+    "dict": (lambda: {"x": X}, "the program has no input 'x'; it has 'input'"),
     "pair": (lambda: (X, Y), "the input is no array: .* Give an array or a CPU tensor"),
     "ragged": (lambda: [[1.0], [1.0, 2.0]], "the input is no array"),
     "graph": (lambda: X.clone().requires_grad_(), r"Use tensor.detach\(\)"),

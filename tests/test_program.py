@@ -61,7 +61,7 @@ def single(op, shape, out_shape, **parameters) -> Program:
     """A program of one op named "y" on one grid."""
     tensors = {"x": QTensor(shape, GRID), "y": QTensor(out_shape, GRID)}
     named = {f"y.{name}": array for name, array in parameters.items()}
-    return Program("x", "y", (op,), tensors, named)
+    return Program(("x",), ("y",), (op,), tensors, named)
 
 
 def pool(shape, out_shape, **geometry) -> Program:
@@ -249,10 +249,20 @@ def test_the_graph_is_acyclic_and_in_order():
         ({"ops": (*PROGRAM.ops, PROGRAM.ops[0])}, "same name"),
         ({"ops": PROGRAM.ops[:-1]}, "one to one: 'fc'"),
         ({"ops": ("conv",)}, "is no op"),
-        ({"input": "fc"}, "same name"),
-        ({"input": "z"}, "one to one: 'x', 'z'"),
-        ({"output": "x"}, "computed by no op"),
-        ({"output": "z"}, "computed by no op"),
+        ({"inputs": ("fc",)}, "same name"),
+        ({"inputs": ("x", "x")}, "same name"),
+        ({"inputs": ("z",)}, "one to one: 'x', 'z'"),
+        ({"inputs": "x"}, "inputs is 'x', but must be a tuple"),
+        ({"inputs": ()}, "one to one: 'x'"),
+        (
+            {"inputs": ("x", "z"), "tensors": {**PROGRAM.tensors, "z": PROGRAM.tensors["x"]}},
+            "the input 'z' is read by no op",
+        ),
+        ({"outputs": ("x",)}, "computed by no op"),
+        ({"outputs": ("fc", "z")}, "the output 'z' is computed by no op"),
+        ({"outputs": ("fc", "add", "fc")}, "the output 'fc' is given out twice"),
+        ({"outputs": ()}, "at least one input and one output"),
+        ({"outputs": ["fc"]}, r"outputs is \['fc'\], but must be a tuple"),
         ({"tensors": {**PROGRAM.tensors, "z": PROGRAM.tensors["x"]}}, "one to one: 'z'"),
         ({"tensors": {**PROGRAM.tensors, "x": GRID}}, "no QTensor"),
         ({"tensors": {**PROGRAM.tensors, "x": QTensor((2, 5, 5), None)}}, "no QParams"),
@@ -275,15 +285,17 @@ def test_names_are_short_and_printable(name):
     with pytest.raises(ProgramError, match=r"no name of a tensor|is no str"):
         with_op(0, name=name)
     with pytest.raises(ProgramError, match="no name of a tensor"):
-        rebuilt(input=name)
+        rebuilt(inputs=(name,))
     with pytest.raises(ProgramError, match="no name of a tensor"):
-        rebuilt(output=name)
+        rebuilt(outputs=(name,))
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 200, "Schicht 1/größe.conv", "層", "a.weight", "__x"])
 def test_any_printable_name_is_legal(name):
     op = Clamp(name, ("x",))
-    program = Program("x", name, (op,), {"x": QTensor((1,), GRID), name: QTensor((1,), GRID)}, {})
+    program = Program(
+        ("x",), (name,), (op,), {"x": QTensor((1,), GRID), name: QTensor((1,), GRID)}, {}
+    )
     assert program.output == name
 
 
@@ -332,7 +344,7 @@ def test_all_tensors_together_are_bounded():
     names = ["x", *(f"y{i}" for i in range(8))]
     ops = [Clamp(b, (a,)) for a, b in pairwise(names)]
     with pytest.raises(ProgramError, match="2,415,919,104 elements together"):
-        Program("x", "y7", ops, dict.fromkeys(names, QTensor(shape, GRID)), {})
+        Program(("x",), ("y7",), ops, dict.fromkeys(names, QTensor(shape, GRID)), {})
 
 
 # -- rules: geometry -----------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_hidden_and_other_files_are_no_images(folder):
 
 @pytest.fixture
 def predictions() -> Predictions:
-    return Predictions(("a", "b,c"), np.array([[0.5, 2, 2], [-1, -3, -2]], np.float32))
+    return Predictions(("a", "b,c"), {"fc": np.array([[0.5, 2, 2], [-1, -3, -2]], np.float32)})
 
 
 def test_the_class_is_the_first_of_the_largest_outputs(predictions):
@@ -218,13 +218,17 @@ def test_every_format_holds_every_output(predictions, tmp_path):
     ]
     predictions.write(tmp_path / "p.npy")
     assert np.array_equal(np.load(tmp_path / "p.npy"), predictions.output)
-    with pytest.raises(DataError, match=r"p\.txt: its name must end in \.csv, \.json or \.npy"):
+    predictions.write(tmp_path / "p.npz")
+    with np.load(tmp_path / "p.npz") as written:
+        assert list(written) == ["fc"]
+        assert np.array_equal(written["fc"], predictions.output)
+    with pytest.raises(DataError, match=r"must end in \.csv, \.json, \.npy or \.npz"):
         predictions.write(tmp_path / "p.txt")
 
 
 def test_a_text_file_has_the_bits_of_every_float(tmp_path):
     output = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    Predictions(tuple(map(str, range(50))), output).write(tmp_path / "p.csv")
+    Predictions(tuple(map(str, range(50))), {"fc": output}).write(tmp_path / "p.csv")
     rows = (tmp_path / "p.csv").read_text("utf-8").splitlines()[1:]
     read = [[np.float32(v) for v in row.split(",")[2:]] for row in rows]
     assert np.array_equal(np.array(read), output)
@@ -356,7 +360,7 @@ def test_the_output_is_dequantized(program, pixels):
         (["none"], 1, "none is not there. Name a folder of images"),
         (["digits", "--data-dir", "."], 1, "digits are embedded"),
         (["x.npy"], 1, "x.npy cannot be read as an array"),
-        ([".", "-o", "p.txt"], 1, "its name must end in .csv, .json or .npy"),
+        ([".", "-o", "p.txt"], 1, "its name must end in .csv, .json, .npy or .npz"),
         ([".", "-o", "/dev/null/p.csv"], 1, "/dev/null is a file, not a folder"),
         ([".", "--mean", "gray"], 2, "--mean takes numbers with commas between them, not 'gray'"),
         ([".", "--mean", "0", "--std", "1,1"], 1, "2 numbers were given to normalise 3 channels"),

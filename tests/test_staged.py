@@ -38,8 +38,8 @@ def two_layers(bias: bool = True) -> Network:
             "last.bias": rng.normal(0, 2, CLASSES),
         }
     return Network(
-        "x",
-        "last",
+        ("x",),
+        ("last",),
         (Linear("hidden", ("x",)), Linear("last", ("hidden",))),
         {
             "x": TensorSpec((INPUTS,)),
@@ -157,8 +157,8 @@ def test_the_last_stage_is_the_program_itself():
 
 def test_argmax_takes_the_first_of_equals():
     network = Network(
-        "x",
-        "y",
+        ("x",),
+        ("y",),
         (Linear("y", ("x",)),),
         {"x": TensorSpec((1,)), "y": TensorSpec((3,))},
         {"y.weight": torch.tensor([[-1.0], [1.0], [1.0]])},

@@ -51,7 +51,8 @@ def test_a_program_survives_its_file(program):
     loaded = from_bytes(data)
     assert loaded == program
     assert to_bytes(loaded) == data
-    assert (loaded.input, loaded.output, loaded.ops) == (program.input, program.output, program.ops)
+    assert (loaded.inputs, loaded.outputs) == (program.inputs, program.outputs)
+    assert loaded.ops == program.ops
     assert loaded.tensors == program.tensors
     assert loaded.info == program.info
     assert set(loaded.parameters) == set(program.parameters)
@@ -64,7 +65,7 @@ def test_a_program_survives_its_file(program):
 def test_the_safetensors_library_reads_the_file(tmp_path):
     save(PROGRAM, tmp_path / "p.safetensors")
     with safe_open(tmp_path / "p.safetensors", "np") as file:
-        assert json.loads(file.metadata()["intact"])["format"] == 1
+        assert json.loads(file.metadata()["intact"])["format"] == 2
         assert set(file.keys()) == set(PROGRAM.parameters)
     for name, array in load_tensors(DATA).items():
         assert array.dtype == PROGRAM.parameters[name].dtype
@@ -96,8 +97,8 @@ def test_equal_programs_give_equal_bytes_in_any_process():
 
 def test_the_order_of_dictionaries_does_not_reach_the_file():
     turned = Program(
-        PROGRAM.input,
-        PROGRAM.output,
+        PROGRAM.inputs,
+        PROGRAM.outputs,
         PROGRAM.ops,
         dict(reversed(PROGRAM.tensors.items())),
         dict(reversed(PROGRAM.parameters.items())),
@@ -109,7 +110,7 @@ def test_the_order_of_dictionaries_does_not_reach_the_file():
 def test_the_format_is_frozen():
     # A change here makes every stored file foreign: raise FORMAT and keep reading the old one.
     structure, _ = unpack(DATA)
-    assert sorted(structure) == ["digest", "format", "info", "input", "ops", "output", "tensors"]
+    assert sorted(structure) == ["digest", "format", "info", "inputs", "ops", "outputs", "tensors"]
     assert structure["ops"][1] == {
         "op": "MaxPool2d",
         "name": "pool1",
@@ -183,9 +184,9 @@ def test_a_pickle_is_not_opened():
 
 
 def test_a_foreign_version_is_named_with_the_supported_one():
-    message = refusal(changed(lambda s, _: s.update(format=2)))
-    assert "format 2" in message
-    assert "reads format 1" in message
+    message = refusal(changed(lambda s, _: s.update(format=1)))
+    assert "format 1" in message
+    assert "reads format 2" in message
     refusal(changed(lambda s, _: s.update(format=True)))
     refusal(changed(lambda s, _: s.update(format=1.0)))
 
@@ -223,7 +224,7 @@ def test_a_scale_that_is_no_float32_is_refused(value):
     refusal(changed(lambda s, _: s["tensors"]["x"]["qparams"].update(scale=value)))
 
 
-@pytest.mark.parametrize("field", ["info", "ops", "tensors", "input", "output", "format"])
+@pytest.mark.parametrize("field", ["info", "ops", "tensors", "inputs", "outputs", "format"])
 @pytest.mark.parametrize("value", [None, 1, True, "x", [], [[]], {}, {"x": 1}, ["x"], 0.5])
 def test_parts_of_a_wrong_type_are_refused(field, value):
     data = changed(lambda s, _: s.update({field: value}))
@@ -244,8 +245,8 @@ def test_nan_and_infinity_are_no_json():
 def test_duplicate_keys_are_refused():
     structure, arrays = unpack(DATA)
     text = json.dumps({**structure, "digest": ZEROS}, sort_keys=True, separators=(",", ":"))
-    twice = text.replace('"output":"fc"', '"output":"fc","output":"fc"')
-    assert "'output' stands there twice" in refusal(seal(twice, arrays))
+    twice = text.replace('"outputs":["fc"]', '"outputs":["fc"],"outputs":["fc"]')
+    assert "'outputs' stands there twice" in refusal(seal(twice, arrays))
 
 
 def test_hostile_json_is_refused_in_bounded_time():
@@ -256,7 +257,7 @@ def test_hostile_json_is_refused_in_bounded_time():
         ("-" + "1" * 20 + "}", "an integer of 21 digits"),
         ('{"a":' * 100_000, "nested too deeply"),
         ("1", "JSON is invalid"),
-        ('1,"ops":[' + "0," * 10**6 + "0]}", "lacks"),
+        ('2,"ops":[' + "0," * 10**6 + "0]}", "lacks"),
     ]:
         assert reason in refusal(seal(text + rest, {}))
 
@@ -264,7 +265,7 @@ def test_hostile_json_is_refused_in_bounded_time():
 def test_a_file_in_another_form_is_refused():
     structure, arrays = unpack(DATA)
     spaced = json.dumps({**structure, "digest": ZEROS}, sort_keys=True, separators=(",", ":"))
-    assert "not in the form" in refusal(seal(spaced.replace('"format":1', '"format": 1'), arrays))
+    assert "not in the form" in refusal(seal(spaced.replace('"format":2', '"format": 2'), arrays))
     length = int.from_bytes(DATA[:8], "little")
     padded = struct.pack("<Q", length + 8) + DATA[8 : 8 + length] + b" " * 8 + DATA[8 + length :]
     padded = padded.replace(structure["digest"].encode(), ZEROS.encode())

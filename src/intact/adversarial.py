@@ -78,8 +78,8 @@ def alone(program: Program, op: Accumulating | Table) -> Program:
     kinds = ("weight", "bias", "weight_scale", "multiplier", "table")
     names = (f"{op.name}.{kind}" for kind in kinds)
     return Program(
-        source,
-        op.name,
+        (source,),
+        (op.name,),
         (op,),
         {name: program.tensors[name] for name in (source, op.name)},
         {name: program.parameters[name] for name in names if name in program.parameters},
@@ -98,8 +98,8 @@ def sums_of_all_codes(program: Program, op: Add | Subtract) -> tuple[Program, Co
     shape = (1, len(rows), len(rows))
     source, turned = [name for name in ("rows", "columns", "codes") if name != op.name][:2]
     made = Program(
-        source,
-        op.name,
+        (source,),
+        (op.name,),
         (Permute(turned, (source,), (0, 2, 1)), replace(op, inputs=(source, turned))),
         {
             source: QTensor(shape, grid),
@@ -115,7 +115,7 @@ def products_of_all_codes(program: Program, op: Multiply) -> tuple[Program, Code
     """A program that multiplies as this op does, and samples that ask it for every product.
 
     The operands have their own shapes, so that what repeats the second one is what runs. Their
-    grids differ, and a program has one input: that holds numbers of codes, those of the first
+    grids differ, and the program has one input: that holds numbers of codes, those of the first
     operand before those of the second, and tables make codes of them.
     """
     operands = [program.tensors[name] for name in op.inputs]
@@ -142,7 +142,7 @@ def products_of_all_codes(program: Program, op: Multiply) -> tuple[Program, Code
         entries = operand.qparams.qmin + np.minimum(np.arange(CODES), count - 1)
         parameters[f"{code}.table"] = entries[None].astype(operand.qparams.dtype)
     ops.append(replace(op, inputs=(ops[2].name, ops[5].name)))
-    made = Program(source, op.name, tuple(ops), tensors, parameters)
+    made = Program((source,), (op.name,), tuple(ops), tensors, parameters)
     # Each element of the second operand meets `repeats` of the first: a block of so many codes.
     repeats = sizes[0] // sizes[1]
     blocks = -(-counts[0] // repeats)  # until the second code has met all first ones

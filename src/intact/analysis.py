@@ -122,10 +122,15 @@ class LayerAnalysis:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """The analysis of a program: its input tensor, and its layers in the order of execution."""
+    """The analysis of a program: its input tensor, and its layers in the order of execution.
+
+    outputs  names of the layers whose results are the program's outputs, in their order; of a
+             reshape, the layer that it reshapes
+    """
 
     input: TensorAnalysis
     layers: tuple[LayerAnalysis, ...]
+    outputs: tuple[str, ...]
 
 
 BINS = 96
@@ -186,6 +191,7 @@ def analyse(
             for op in program.ops
             if not isinstance(op, Reshape)
         ),
+        tuple(_behind_reshapes(program, name) for name in program.outputs),
     )
 
 

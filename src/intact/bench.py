@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -28,6 +27,7 @@ from intact.network import Network, TensorSpec
 from intact.ops import Clamp, Concat, Op, Table, moves_codes, weighted
 from intact.pointwise import Pointwise, X
 from intact.program import Program, QTensor
+from intact.signature import Values, unwrapped, wrapped
 from intact.timing import Timing, interleave
 
 __all__ = ["FLOAT", "Bench", "Measured", "bench", "bench_table", "float_twin"]
@@ -59,7 +59,8 @@ KNOWN: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 )
 """Functions that a program's table may be of, for which torch has one fast operation."""
 
-Batch = npt.NDArray[Any]
+Batch = Values
+"""Of all inputs, or of all outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def bench(
             seen[shown] = result
             runners[shown] = engine if codes else _from_floats(program, name, threads)
             per_sample[shown] = _took(engine, one)
-        _check_equal(seen)
+        _check_equal(program, seen)
         if not codes:
             tell("preparing the float network", 0, 1)
             before = time.perf_counter()
@@ -215,13 +216,13 @@ def float_twin(program: Program) -> Network:
         if bias is not None:
             unit = accumulator_scale(program.tensors[op.inputs[0]].qparams.scale[0], scale)
             parameters[f"{op.name}.bias"] = torch.from_numpy((bias * unit).astype(np.float32))
-    tensors = {program.input: TensorSpec(program.tensors[program.input].shape)}
+    tensors = {name: TensorSpec(program.tensors[name].shape) for name in program.inputs}
     for op in program.ops:
         tensor = program.tensors[op.name]
         tensors[op.name] = _float_spec(tensor) if _clamps(op) else TensorSpec(tensor.shape)
     functions = {op.name: _function(program, op) for op in program.ops if isinstance(op, Table)}
     return Network(
-        program.input, program.output, program.ops, tensors, parameters, functions=functions
+        program.inputs, program.outputs, program.ops, tensors, parameters, functions=functions
     )
 
 
@@ -273,11 +274,12 @@ def _shown(name: str, engine: Engine) -> str:
 def _samples(program: Program, batch: int) -> Batch:
     """Random input codes, the same for every batch of this size."""
     rng = np.random.default_rng(batch)
-    return random_codes(program.tensors[program.input], batch, rng)
+    return unwrapped(random_codes(program.tensors[name], batch, rng) for name in program.inputs)
 
 
 def _floats(program: Program, codes: Batch) -> Batch:
-    return dequantize(codes, program.tensors[program.input].qparams)
+    arrays = zip(program.inputs, program.check_codes(codes), strict=True)
+    return unwrapped(dequantize(array, program.tensors[name].qparams) for name, array in arrays)
 
 
 def _from_floats(program: Program, engine: str, threads: int) -> Callable[[Batch], Batch]:
@@ -288,8 +290,10 @@ def _float_runner(program: Program) -> Callable[[Batch], Batch]:
     network = float_twin(program)
 
     def run(x: Batch) -> Batch:
+        arrays = wrapped(x, network.inputs)
         with torch.inference_mode():
-            return network(torch.from_numpy(x)).numpy()
+            results = network(unwrapped(map(torch.from_numpy, arrays)))
+        return unwrapped(tensor.numpy() for tensor in wrapped(results, network.outputs))
 
     return run
 
@@ -304,10 +308,13 @@ def _call(run: Callable[[Batch], Batch], x: Batch) -> Callable[[], Batch]:
     return lambda: run(x)
 
 
-def _check_equal(codes: dict[str, Batch]) -> None:
+def _check_equal(program: Program, codes: dict[str, Batch]) -> None:
     first = next(iter(codes), "")
     for name, result in codes.items():
-        if not np.array_equal(result, codes[first]):
+        pairs = zip(
+            *(wrapped(each, program.outputs) for each in (result, codes[first])), strict=True
+        )
+        if not all(np.array_equal(one, other) for one, other in pairs):
             raise IntactError(
                 f"the engines {first} and {name} give different codes, so their speeds cannot be "
                 "compared. `intact certify` shows where they part."

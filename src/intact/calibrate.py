@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from intact.errors import CalibrationError
 from intact.network import Network, TensorSpec
+from intact.signature import in_order, unwrapped
 from intact.sketch import BUCKETS, Observer, Sketch, spread_positions
 
-__all__ = ["SAMPLE_MAX", "Batch", "calibrate", "summed_over_processes"]
+__all__ = ["SAMPLE_MAX", "Batch", "calibrate", "split", "summed_over_processes"]
 
 SAMPLE_MAX = 2**15
 """Values of one tensor that are counted for each image. To count all eleven million of a ResNet-50
@@ -23,14 +24,36 @@ would take longer than to compute them, and a hundred images give three million 
 """
 
 Images: TypeAlias = torch.Tensor | npt.NDArray[Any]
-Batch: TypeAlias = Images | tuple[Images, Any] | list[Any]
-"""`[N, *input shape]` of any floating type; or a pair of it and labels, which are ignored."""
+Batch: TypeAlias = Images | tuple[Any, ...] | list[Any] | Mapping[str, Images]
+"""`[N, *input shape]` of any floating type; or a pair of it and labels, which are ignored. For
+several inputs see `split`."""
+
+
+def split(batch: Any, inputs: int) -> tuple[Any, Any]:
+    """What a batch holds for a network with so many inputs, and its labels: None without.
+
+    For one input a batch is its values, or a tuple or list of these and labels. For several it is
+
+    * a tuple or list of as many arrays, in the order of the inputs, or a mapping from their names;
+    * a pair of that and labels;
+    * a tuple or list with one array more, the labels, as a DataLoader of a `TensorDataset` yields.
+
+    So a tuple whose first item is itself a tuple, list or mapping is always a pair. Nothing is
+    checked here.
+    """
+    if not isinstance(batch, tuple | list) or not batch:
+        return batch, None
+    if inputs == 1 or isinstance(batch[0], tuple | list | Mapping):
+        return batch[0], batch[1] if len(batch) > 1 else None
+    if len(batch) == inputs + 1:
+        return tuple(batch[:-1]), batch[-1]
+    return tuple(batch), None
 
 
 def calibrate(
     network: Network, batches: Iterable[Batch], progress: Callable[[int], object] | None = None
 ) -> dict[str, Sketch]:
-    """Sketch the input and every op's result (fused clamps applied) over all batches.
+    """Sketch the inputs and every op's result (fused clamps applied) over all batches.
 
     progress  called after each batch with the number of images seen so far
     returns   tensor name -> `Sketch`, in the order of execution
@@ -63,7 +86,7 @@ def calibrate(
         raise CalibrationError(
             f"calibration failed in {failures.item()} other process(es); see their messages."
         )
-    order = (network.input, *(op.name for op in network.ops))
+    order = (*network.inputs, *(op.name for op in network.ops))
     return {name: _reduce(sketches.get(name), network.tensors[name]) for name in order}
 
 
@@ -84,19 +107,37 @@ def _sketch_all(
     with torch.inference_mode():
         for index, batch in enumerate(batches):
             try:
-                x = _images(batch, network.tensors[network.input])
-                network(x.to(_home(network.parameters)), look)
+                x = _checked(batch, network)
+                home = _home(network.parameters)
+                network(unwrapped(part.to(home) for part in x), look)
             except CalibrationError as error:
                 raise CalibrationError(f"calibration batch {index}: {error}") from error
-            images += len(x)
+            images += len(x[0])
             if progress is not None:
                 progress(images)
     return {name: observer.sketch() for name, observer in observers.items()}
 
 
-def _images(batch: Batch, spec: TensorSpec) -> torch.Tensor:
-    """The images of a batch as float32, or a `CalibrationError`."""
-    given = batch[0] if isinstance(batch, tuple | list) and batch else batch
+def _checked(batch: Batch, network: Network) -> tuple[torch.Tensor, ...]:
+    """What a batch holds for every input, as float32, or a `CalibrationError`."""
+    names = network.inputs
+    given, _ = split(batch, len(names))
+    if len(names) == 1:
+        return (_images(given, network.tensors[names[0]]),)
+    checked = []
+    for name, part in zip(names, in_order(given, names, "network", CalibrationError), strict=True):
+        try:
+            checked.append(_images(part, network.tensors[name]))
+        except CalibrationError as error:
+            raise CalibrationError(f"input {name!r}: {error}") from error
+    if len({len(part) for part in checked}) > 1:
+        sizes = ", ".join(f"{len(x)} of {name!r}" for name, x in zip(names, checked, strict=True))
+        raise CalibrationError(f"every input must have as many samples, but there are {sizes}.")
+    return tuple(checked)
+
+
+def _images(given: object, spec: TensorSpec) -> torch.Tensor:
+    """The values of an input as float32, or a `CalibrationError`."""
     if not isinstance(given, torch.Tensor | np.ndarray):
         raise CalibrationError(
             f"a batch is a tensor or an array, or a pair of one and labels, not a "

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -44,17 +45,19 @@ from intact.certificate import (
 from intact.configurations import (
     Configuration,
     FloatConfiguration,
+    Floats,
     compiler,
     configurations,
     float_configurations,
     select,
 )
 from intact.data import spread
-from intact.engines import Engine
+from intact.engines import Arrays, CodesHook, Engine
 from intact.engines.reference import ReferenceEngine
 from intact.errors import EngineUnavailableError, IntactError, ProgramError
 from intact.ops import Add, Linear, Multiply, Op, Subtract, Table
 from intact.program import Program
+from intact.signature import Values, in_order, unwrapped, wrapped
 
 __all__ = ["SAMPLES", "certify", "stand_ins"]
 
@@ -78,7 +81,7 @@ Progress: TypeAlias = Callable[[str, int, int], object]
 
 def certify(
     program: Program,
-    inputs: npt.ArrayLike | None = None,
+    inputs: Values | None = None,
     *,
     samples: int | None = None,
     engines: Sequence[str] | None = None,
@@ -90,8 +93,9 @@ def certify(
 ) -> Certificate:
     """Run a program on every engine of this machine and compare all codes with the reference's.
 
-    inputs       real ones, float32 `[N, *input shape]`, or codes of the input's own type; None:
-                 random floats take their place, see `stand_ins`, and the certificate says so
+    inputs       real ones, float32 `[N, *input shape]`, or codes of the input's own type; of
+                 several inputs, what `Program.codes` takes; None: random floats take their place,
+                 see `stand_ins`, and the certificate says so
     samples      of each kind of input, as far as there are so many; None: 1,000, or less where the
                  program is large, which the certificate then notes
     engines      names, in full ("native avx2") or their first words ("onnxruntime"); None: all
@@ -133,7 +137,7 @@ def certify(
     missing |= {name: t.unavailable for name, t in tallies.items() if t.unavailable}
     floats = [c for c in floats if c.name not in missing]
     results: list[FloatResult] = []
-    batches = _float_batches(program, kind, inputs, len(data), rng)
+    batches = _float_batches(program, kind, inputs, len(data[0]), rng)
     expected = _expected_of_floats(program, batches) if floats else {}
     for i, configuration in enumerate(floats):
         tell(f"floats on {configuration.name}", steps - len(floats) + i, steps)
@@ -160,19 +164,23 @@ def certify(
     )
 
 
-def stand_ins(program: Program) -> tuple[Codes, str]:
+def stand_ins(program: Program) -> tuple[Values, str]:
     """Inputs for a program of which no data is at hand, and what they are.
 
     Normally distributed floats; the range of the input's grid is six standard deviations wide.
     """
-    spec = program.tensors[program.input]
-    grid = spec.qparams
-    ends = dequantize(np.array([grid.qmin, grid.qmax]), grid)
     rng = np.random.default_rng(0)
-    drawn = rng.normal(ends.mean(), np.ptp(ends) / 6, (SAMPLES, *spec.shape))
-    low, high = ends.tolist()
-    words = f"random floats, normally distributed over the input's range, {low:.4g} to {high:.4g}"
-    return drawn.astype(np.float32), words
+    drawn, ranges = [], []
+    for name in program.inputs:
+        spec = program.tensors[name]
+        ends = dequantize(np.array([spec.qparams.qmin, spec.qparams.qmax]), spec.qparams)
+        values = rng.normal(ends.mean(), np.ptp(ends) / 6, (SAMPLES, *spec.shape))
+        drawn.append(values.astype(np.float32))
+        low, high = ends.tolist()
+        ranges.append(f"{low:.4g} to {high:.4g}")
+    whose = "the input's range" if len(ranges) == 1 else "the inputs' ranges"
+    words = f"random floats, normally distributed over {whose}, {', '.join(ranges)}"
+    return unwrapped(drawn), words
 
 
 # -- what is run ---------------------------------------------------------------------------------
@@ -180,13 +188,13 @@ def stand_ins(program: Program) -> tuple[Codes, str]:
 
 @dataclass(frozen=True, eq=False)
 class _Subject:
-    """A program, and codes to run it on by their kind.
+    """A program, and codes of its inputs to run it on by their kind.
 
     compared  the program's op whose results count, if only one does: of a layer alone
     """
 
     program: Program
-    codes: Mapping[str, Codes]
+    codes: Mapping[str, Arrays]
     compared: Op | None = None
     boundary: Boundary | None = None
 
@@ -209,41 +217,47 @@ def _samples(program: Program, samples: int | None, notes: list[str]) -> int:
     return min(SAMPLES, affordable)
 
 
-def _chosen(program: Program, inputs: npt.ArrayLike, samples: int) -> Codes:
+def _chosen(program: Program, inputs: Values, samples: int) -> Arrays:
     """At most so many of the inputs, as codes, spread over all of them."""
-    codes = _spread(inputs, samples)
-    if codes.dtype != program.tensors[program.input].qparams.dtype:
-        codes = program.quantize_input(codes)
-    program.check_codes(codes)
-    if not len(codes):
+    codes = program.check_codes(program.input_codes(unwrapped(_spread(program, inputs, samples))))
+    if not len(codes[0]):
         raise ProgramError("there is no input to compare: the batch is empty.")
     return codes
 
 
-def _spread(inputs: npt.ArrayLike, samples: int) -> Codes:
-    array: Codes = np.asarray(inputs)
-    if not array.ndim:
-        raise ProgramError("the input is a single number, not a batch of samples.")
-    chosen: Codes = array if len(array) <= samples else array[spread(len(array), samples)]
-    return chosen
+def _spread(program: Program, inputs: Values, samples: int) -> Arrays:
+    chosen: list[Codes] = []
+    for given in in_order(inputs, program.inputs, "program", ProgramError):
+        array: Codes = np.asarray(given)
+        if not array.ndim:
+            raise ProgramError("the input is a single number, not a batch of samples.")
+        chosen.append(array if len(array) <= samples else array[spread(len(array), samples)])
+    return tuple(chosen)
+
+
+def _structured(program: Program) -> Arrays:
+    """`structured_codes` of all inputs; of those that have fewer, again from the first one on."""
+    parts = [structured_codes(program.tensors[name]) for name in program.inputs]
+    most = max(map(len, parts))
+    return tuple(part[np.arange(most) % len(part)] for part in parts)
 
 
 def _subjects(
     program: Program,
     kind: str,
-    data: Codes,
+    data: Arrays,
     samples: int,
     rng: np.random.Generator,
     tell: Progress,
 ) -> list[_Subject]:
-    source = program.tensors[program.input]
+    sources = [program.tensors[name] for name in program.inputs]
     subjects = [
         _Subject(
             program,
             {
                 kind: data,
-                "random": random_codes(source, samples, rng),
-                "structured": structured_codes(source)[:samples],
+                "random": tuple(random_codes(source, samples, rng) for source in sources),
+                "structured": tuple(part[:samples] for part in _structured(program)),
             },
         )
     ]
@@ -251,20 +265,20 @@ def _subjects(
         tell(f"making inputs of {op.name}", i, len(program.ops))
         if isinstance(op, Multiply):
             made, pairs = products_of_all_codes(program, op)
-            subjects.append(_Subject(made, {"products": pairs}, op))
+            subjects.append(_Subject(made, {"products": (pairs,)}, op))
         elif isinstance(op, Add | Subtract):
             made, pairs = sums_of_all_codes(program, op)
-            subjects.append(_Subject(made, {"sums": pairs}, op))
+            subjects.append(_Subject(made, {"sums": (pairs,)}, op))
         elif isinstance(op, Table):
-            entries = {"entries": entries_of_all_codes(program, op)}
+            entries = {"entries": (entries_of_all_codes(program, op),)}
             subjects.append(_Subject(alone(program, op), entries, op))
         elif isinstance(op, Accumulating):
             most = max(1, min(LAYER_SAMPLES, LAYER_WORK // max(1, program.macs(op))))
             found = boundary_codes(program, op, most, rng)
             counts = (found.wanted, found.hit, found.ties, found.out_of_reach)
             codes = {
-                "boundaries": found.codes,
-                "extremes": extreme_codes(program, op, most, rng),
+                "boundaries": (found.codes,),
+                "extremes": (extreme_codes(program, op, most, rng),),
             }
             boundary = Boundary(op.name, len(found.codes), *counts)
             subjects.append(_Subject(alone(program, op), codes, op, boundary))
@@ -277,10 +291,11 @@ def _described(subjects: Sequence[_Subject], description: str) -> tuple[Inputs, 
         codes = [subject.codes[kind] for subject in subjects if kind in subject.codes]
         if codes:
             digest = hashlib.sha256()
-            for part in codes:
+            for part in chain.from_iterable(codes):
                 digest.update(np.ascontiguousarray(part).data)
             text = description if kind in ("data", "stand-in") else words
-            described.append(Inputs(kind, text, sum(map(len, codes)), digest.hexdigest()))
+            samples = sum(len(parts[0]) for parts in codes)
+            described.append(Inputs(kind, text, samples, digest.hexdigest()))
     return tuple(described)
 
 
@@ -293,7 +308,7 @@ class _Piece:
 
     kind: str
     start: int
-    codes: Codes
+    codes: Arrays
     expected: dict[str, Codes] = field(default_factory=dict)
 
 
@@ -393,10 +408,10 @@ def _blocks(subject: _Subject) -> Iterator[list[_Piece]]:
     block: list[_Piece] = []
     for kind, codes in subject.codes.items():
         start = 0
-        while start < len(codes):
-            part = codes[start : start + room]
+        while start < len(codes[0]):
+            part = tuple(array[start : start + room] for array in codes)
             block.append(_expected(reference, subject, _Piece(kind, start, part)))
-            start, room = start + len(part), room - len(part)
+            start, room = start + len(part[0]), room - len(part[0])
             if not room:
                 yield block
                 block, room = [], most
@@ -406,7 +421,10 @@ def _blocks(subject: _Subject) -> Iterator[list[_Piece]]:
 
 def _expected(reference: ReferenceEngine, subject: _Subject, piece: _Piece) -> _Piece:
     parts: dict[str, list[Codes]] = {}
-    reference(piece.codes, lambda name, codes: parts.setdefault(name, []).append(codes.copy()))
+    reference(
+        unwrapped(piece.codes),
+        lambda name, codes: parts.setdefault(name, []).append(codes.copy()),
+    )
     for op in subject.program.ops:
         if subject.compared is None or op.name == subject.compared.name:
             piece.expected[op.name] = np.concatenate(parts[op.name])
@@ -421,10 +439,16 @@ def _compare(
     The plain result comes from a call of its own, since with a hook an engine may fuse less; and
     from calls with one sample each, for which it may have other kernels.
     """
-    output = subject.program.output
-    codes = piece.codes if most is None else piece.codes[: max(0, most - piece.start)]
-    if not len(codes):
+    n = len(piece.codes[0]) if most is None else min(len(piece.codes[0]), most - piece.start)
+    if n <= 0:
         return
+
+    def compare(offset: int, end: int, hook: CodesHook | None = None) -> None:
+        results = engine(unwrapped(array[offset:end] for array in piece.codes), hook)
+        outputs = subject.program.outputs
+        for name, got in zip(outputs, wrapped(results, outputs), strict=True):
+            tally.compare(piece, name, offset, got)
+
     if subject.compared is None:
         shown: Counter[str] = Counter()
 
@@ -433,48 +457,52 @@ def _compare(
                 tally.compare(piece, name, shown[name], got)
                 shown[name] += len(got)
 
-        tally.compare(piece, output, 0, engine(codes, hook))
+        compare(0, n, hook)
         for name, count in shown.items():
-            if count != len(codes):
-                raise _BrokenEngineError(f"{name} came for {count} samples of {len(codes)}")
-    tally.compare(piece, output, 0, engine(codes))
-    for i in range(min(SINGLE, len(codes))):
-        tally.compare(piece, output, i, engine(codes[i : i + 1]))
+            if count != n:
+                raise _BrokenEngineError(f"{name} came for {count} samples of {n}")
+    compare(0, n)
+    for i in range(min(SINGLE, n)):
+        compare(i, i + 1)
 
 
 # -- comparing floats ----------------------------------------------------------------------------
 
 
 def _float_batches(
-    program: Program, kind: str, inputs: npt.ArrayLike, samples: int, rng: np.random.Generator
-) -> dict[str, npt.NDArray[np.float32]]:
+    program: Program, kind: str, inputs: Values, samples: int, rng: np.random.Generator
+) -> dict[str, Floats]:
     """Floats of every kind of `FLOAT_KINDS`; few, as they are not about the program's integers.
 
-    Where the input's scale is no power of two, samples of the other kinds that hold a value next to
-    a tie count as `ties`.
+    Where the scale of an input is no power of two, samples of the other kinds that hold a value of
+    it next to a tie count as `ties`.
     """
-    spec = program.tensors[program.input]
-    grid, scale = spec.qparams, np.float32(spec.qparams.scale[0])
     size = sum(math.prod(tensor.shape) for tensor in program.tensors.values())
     n = min(FLOAT_SAMPLES, samples, max(1, BLOCK_BYTES // 4 // size))
-    data = _spread(inputs, n)
-    if data.dtype == grid.dtype:
-        data = dequantize(data, grid)
-    steps = rng.uniform(*_beyond(grid), (n, *spec.shape)).astype(np.float32)
-    steps += np.where(np.abs(steps - np.floor(steps) - 0.5) < 2**-8, np.float32(0.25), 0)
-    halves = rng.integers(*_beyond(grid), (n, *spec.shape)) + np.float32(0.5)
-    ties = halves.astype(np.float32) * scale
-    aside = rng.integers(-1, 2, ties.shape)
-    away = np.where(aside > 0, np.float32(np.inf), np.float32(-np.inf))
-    ties = np.where(aside == 0, ties, np.nextafter(ties, away))
-    batches = {kind: np.asarray(data, np.float32), "random": steps.astype(np.float32) * scale}
-    near = np.zeros((0, *spec.shape), np.float32)
-    if not is_power_of_two(float(scale)):
-        for name, x in batches.items():
-            there = _near_ties(x, scale)
-            near = np.concatenate([near, x[there]])
-            batches[name] = x[~there]
-    return {**batches, "ties": np.concatenate([ties.astype(np.float32), near])}
+    specs = [program.tensors[name] for name in program.inputs]
+    data, steps, ties = [], [], []
+    for spec, given in zip(specs, _spread(program, inputs, n), strict=True):
+        grid, scale = spec.qparams, np.float32(spec.qparams.scale[0])
+        real = dequantize(given, grid) if given.dtype == grid.dtype else given
+        data.append(np.asarray(real, np.float32))
+        step = rng.uniform(*_beyond(grid), (n, *spec.shape)).astype(np.float32)
+        step += np.where(np.abs(step - np.floor(step) - 0.5) < 2**-8, np.float32(0.25), 0)
+        steps.append(step.astype(np.float32) * scale)
+        halves = rng.integers(*_beyond(grid), (n, *spec.shape)) + np.float32(0.5)
+        tie = halves.astype(np.float32) * scale
+        aside = rng.integers(-1, 2, tie.shape)
+        away = np.where(aside > 0, np.float32(np.inf), np.float32(-np.inf))
+        ties.append(np.where(aside == 0, tie, np.nextafter(tie, away)).astype(np.float32))
+    batches, near = {}, [tuple(ties)]
+    for name, x in ((kind, tuple(data)), ("random", tuple(steps))):
+        there = np.zeros(len(x[0]), bool)
+        for spec, part in zip(specs, x, strict=True):
+            scale = np.float32(spec.qparams.scale[0])
+            if not is_power_of_two(float(scale)):
+                there |= _near_ties(part, scale)
+        near.append(tuple(part[there] for part in x))
+        batches[name] = tuple(part[~there] for part in x)
+    return {**batches, "ties": tuple(map(np.concatenate, zip(*near, strict=True)))}
 
 
 def _near_ties(x: npt.NDArray[np.float32], scale: np.float32) -> npt.NDArray[np.bool_]:
@@ -490,44 +518,49 @@ def _beyond(grid: QParams) -> tuple[int, int]:
 
 
 def _expected_of_floats(
-    program: Program, batches: Mapping[str, npt.NDArray[np.float32]]
+    program: Program, batches: Mapping[str, Floats]
 ) -> dict[str, dict[str, Codes]]:
     """Per kind, the codes of every op."""
     reference, subject = ReferenceEngine(program), _Subject(program, {})
-    return {
-        kind: _expected(reference, subject, _Piece(kind, 0, program.quantize_input(x))).expected
-        for kind, x in batches.items()
-        if len(x)
-    }
+    expected = {}
+    for kind, x in batches.items():
+        if len(x[0]):
+            codes = program.check_codes(program.quantize_input(unwrapped(x)))
+            expected[kind] = _expected(reference, subject, _Piece(kind, 0, codes)).expected
+    return expected
 
 
 def _run_floats(
     program: Program,
     configuration: FloatConfiguration,
-    batches: Mapping[str, npt.NDArray[np.float32]],
+    batches: Mapping[str, Floats],
     all_expected: Mapping[str, Mapping[str, Codes]],
 ) -> Iterator[FloatResult]:
     # By a power of two engines divide exactly, however they do it.
-    exact = is_power_of_two(program.tensors[program.input].qparams.scale[0])
+    scales = [program.tensors[name].qparams.scale[0] for name in program.inputs]
+    exact = all(map(is_power_of_two, scales))
     engine = None
     for kind, expected in all_expected.items():
         x = batches[kind]
+        n = len(x[0])
         tolerated = kind == "ties" and configuration.rounds_otherwise and not exact
         compared = different = 0
-        wrong, failure = np.zeros(len(x), bool), ""
-        real = dequantize(expected[program.output], program.tensors[program.output].qparams)
+        wrong, failure = np.zeros(n, bool), ""
+        grids = {name: program.tensors[name].qparams for name in program.outputs}
+        real = [dequantize(expected[name], grid) for name, grid in grids.items()]
         try:
             engine = engine or configuration.make(program)
-            output, codes = engine(x)
-            pairs = [(output, real), *((codes[name], expected[name]) for name in expected)]
+            outputs, codes = engine(x)
+            pairs: list[tuple[Codes, Codes]] = list(zip(outputs, real, strict=True))
+            pairs += [(codes[name], expected[name]) for name in expected]
             for got, right in pairs:
                 if got.shape != right.shape or got.dtype != right.dtype:
                     raise _BrokenEngineError(f"a tensor came as {got.dtype} {list(got.shape)}")
-                unequal = (got != right).reshape(len(x), -1)
+                unequal = (got != right).reshape(n, -1)
                 compared += unequal.size
                 different += int(unequal.sum())
                 wrong |= unequal.any(axis=1)
         except Exception as error:  # noqa: BLE001 (whatever breaks an engine is a result)
             failure = str(error).strip() or type(error).__name__
-        counts = (len(x), int(wrong.sum()), compared, different)
+        counts = (n, int(wrong.sum()), compared, different)
         yield FloatResult(configuration.name, kind, *counts, tolerated, failure)

@@ -53,7 +53,8 @@ def align(network: Network) -> Network:
     `<add>.requantize<i>`, which is the identity in the float network.
     """
     producers = {op.name: op for op in network.ops}
-    reads = [tensor for op in network.ops for tensor in op.inputs] + [network.output]
+    reads = [tensor for op in network.ops for tensor in op.inputs]
+    reads += network.outputs
 
     def steerable(tensor: str) -> bool:
         if reads.count(tensor) != 1 or tensor not in producers:
@@ -95,7 +96,7 @@ def choose_qparams(
     """
     recipe.check_layers(op.name for op in network.ops)
     producers = {op.name: op for op in network.ops}
-    decider: dict[str, str] = {network.input: network.input}
+    decider: dict[str, str] = {name: name for name in network.inputs}
     for op in network.ops:
         decider[op.name] = decider[op.inputs[0]] if moves_codes(op) else op.name
     for op in reversed(network.ops):  # what an add decides goes back through what moves codes
@@ -103,6 +104,7 @@ def choose_qparams(
             for tensor in op.inputs:
                 decider[tensor] = decider[op.name]
     _check_overrides(network, recipe, set(decider.values()))
+    outputs = {decider[name] for name in network.outputs}
     rescaled = _rescaled(network, decider) if recipe.grid == "power_of_two" else set()
     grids: dict[str, QParams] = {}
     padded = _padded(network, decider)
@@ -111,12 +113,12 @@ def choose_qparams(
         if name in padded:  # by way of reshapes, so with other channels
             around = (_sketch_of(tensor, network, sketches).overall for tensor in padded[name])
             sketch = reduce(Sketch.merge, around, sketch.overall)
-        if name == network.input:
+        if name in network.inputs:
             grids[name] = _input_grid(sketch, recipe.input)
             if network.tensors[name].pixels:
                 grids[name] = PIXELS
             continue
-        spec = recipe.for_activations(name, is_output=name == decider[network.output])
+        spec = recipe.for_activations(name, is_output=name in outputs)
         symmetric = spec.scheme != "affine"
         low, high = choose_range(sketch, spec.range, bits=spec.bits, symmetric=symmetric)
         grids[name] = grid_for_range(low, high, spec)
@@ -132,7 +134,7 @@ def choose_qparams(
             unit = math.prod(grids[decider[source]].scale[0] for source in op.inputs)
             grids[name] = _absorbing(grids[name], unit, recipe.grid)
 
-    result = {network.input: grids[decider[network.input]]}
+    result = {name: grids[decider[name]] for name in network.inputs}
     for op in network.ops:
         grid = grids[decider[op.name]]
         if isinstance(op, Concat):
@@ -155,7 +157,7 @@ def _check_overrides(network: Network, recipe: Recipe, deciders: set[str]) -> No
     weights = [op.name for op in network.ops if weighted(op)]
     choices = {
         "weights": (weights, "has no weights"),
-        "activations": (deciders - {network.input}, "keeps a grid that another layer decides"),
+        "activations": (deciders - set(network.inputs), "keeps a grid that another layer decides"),
     }
     for override in recipe.overrides:
         names, reason = choices[override.section]

@@ -7,6 +7,7 @@ leaves alone, and each instruction set has kernels of its own. So each setting c
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from intact.engines import CodesHook, Engine, empty_batch
+from intact.engines import Arrays, CodesHook, Engine, in_slices
 from intact.errors import EngineUnavailableError, IntactError
 from intact.export.onnx import FLAVOURS, TRACED, Flavour, model
 from intact.program import Program
+from intact.signature import Values
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Configuration",
     "FloatConfiguration",
+    "Floats",
     "compiler",
     "configurations",
     "evaluator",
@@ -40,8 +43,10 @@ EVALUATOR_WORK = 2**25
 
 Codes: TypeAlias = npt.NDArray[Any]
 Float32: TypeAlias = npt.NDArray[np.float32]
-FloatEngine: TypeAlias = Callable[[Float32], tuple[Float32, dict[str, Codes]]]
-"""From float32 `[N, *input shape]` to the output, and to every op's codes by its name."""
+Floats: TypeAlias = tuple[Float32, ...]
+FloatEngine: TypeAlias = Callable[[Floats], tuple[Floats, dict[str, Codes]]]
+"""From float32 `[N, *input shape]` of every input to all outputs, both in the program's order, and
+to every op's codes by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,17 +292,19 @@ class _Evaluator:
             for trace in (False, True)
         )
 
-    def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
-        if not len(codes):
-            return empty_batch(self.program)
-        fed = {self.program.input: codes}
+    def __call__(self, codes: Values, hook: CodesHook | None = None) -> Values:
+        return in_slices(self.program, codes, sys.maxsize, lambda part: self._run(part, hook))
+
+    def _run(self, codes: Arrays, hook: CodesHook | None) -> Arrays:
+        fed = dict(zip(self.program.inputs, codes, strict=True))
         if hook is not None:
             names = [op.name for op in self.program.ops]
-            hook(self.program.input, codes)
+            for name, array in fed.items():
+                hook(name, array)
             traced = self._traced.run([name + TRACED for name in names], fed)
             for name, values in zip(names, traced, strict=True):
                 hook(name, np.asarray(values))
-        return np.asarray(self._model.run([self.program.output], fed)[0])
+        return tuple(map(np.asarray, self._model.run(list(self.program.outputs), fed)))
 
 
 # -- engines that take floats --------------------------------------------------------------------
@@ -317,11 +324,11 @@ def _float_onnxruntime(level: Any, flavour: Flavour) -> Callable[[Program], Floa
         )
         names = [op.name for op in program.ops]
 
-        def run(x: Float32) -> tuple[Float32, dict[str, Codes]]:
-            fed = {program.input: x}
+        def run(x: Floats) -> tuple[Floats, dict[str, Codes]]:
+            fed = dict(zip(program.inputs, x, strict=True))
             codes = traced.run([name + TRACED for name in names], fed)
-            output: Float32 = plain.run([program.output], fed)[0]
-            return output, dict(zip(names, codes, strict=True))
+            outputs = plain.run(list(program.outputs), fed)
+            return tuple(outputs), dict(zip(names, codes, strict=True))
 
         return run
 
@@ -340,11 +347,12 @@ class _FloatOpenVINO:
             for trace in (False, True)
         )
 
-    def __call__(self, x: Float32) -> tuple[Float32, dict[str, Codes]]:
-        self._plain.infer([x])
-        self._traced.infer([x])
+    def __call__(self, x: Floats) -> tuple[Floats, dict[str, Codes]]:
+        self._plain.infer(list(x))
+        self._traced.infer(list(x))
+        outputs = range(len(self.program.outputs))
         codes = {
             op.name: self._traced.get_output_tensor(i).data.copy()
-            for i, op in enumerate(self.program.ops, 1)
+            for i, op in enumerate(self.program.ops, len(outputs))
         }
-        return self._plain.get_output_tensor(0).data.copy(), codes
+        return tuple(self._plain.get_output_tensor(i).data.copy() for i in outputs), codes

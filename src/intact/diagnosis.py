@@ -153,10 +153,10 @@ def _one_sided(analysis: Analysis) -> Iterator[Finding]:
         and layer.activation.type_name.startswith("int")
     ]
     if wasted:
-        last = analysis.layers[-1]
+        given_out = [layer.name in analysis.outputs for layer in wasted]
         sections = [
-            *(["activations"] if any(layer is not last for layer in wasted) else []),
-            *(["output"] if any(layer is last for layer in wasted) else []),
+            *([] if all(given_out) else ["activations"]),
+            *(["output"] if any(given_out) else []),
         ]
         yield Finding(
             "one-sided",
@@ -211,7 +211,7 @@ def _outliers(analysis: Analysis) -> Iterator[Finding]:
             gain = _clipping_gain(tensor)
             seen = f"{reach:.1f} sigma, {tensor.outlier_fraction:.2%} beyond 3"
             # A logit that saturates can no longer win: the output keeps its whole range.
-            is_output = kind == "activations" and layer is analysis.layers[-1]
+            is_output = kind == "activations" and layer.name in analysis.outputs
             if gain < WORTHWHILE_DB or is_output:
                 harmless.append(f"{layer.name} ({seen})")
             else:
@@ -304,9 +304,8 @@ def _few_codes(analysis: Analysis) -> Iterator[Finding]:
 
 def _noisy(analysis: Analysis) -> Iterator[Finding]:
     """Where the noise comes in, if the result is noisy at all: the input, a layer, or many."""
-    if not analysis.layers:
-        return
-    last = analysis.layers[-1].sqnr_db
+    ratios = [layer.sqnr_db for layer in analysis.layers if layer.name in analysis.outputs]
+    last = min((ratio for ratio in ratios if ratio is not None), default=None)
     if last is None or last >= NOISY_DB:
         return
     said = f"The result's signal-to-noise ratio is {last:.1f} dB."

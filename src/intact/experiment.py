@@ -13,10 +13,8 @@ A run leaves in its folder
 
 from __future__ import annotations
 
-import io
 import math
 import platform
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -24,8 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -33,7 +29,9 @@ from torch import nn
 from intact import __version__
 from intact.analysis import analyse
 from intact.capturing import capture
+from intact.capturing.exporting import required_inputs
 from intact.data import Dataset
+from intact.data.arrays import npz_bytes
 from intact.data.channels import Channels
 from intact.data.checking import (
     channels_last_hint,
@@ -53,6 +51,7 @@ from intact.pipeline import Quantized, quantize_network
 from intact.pixels import take_pixels
 from intact.recipe import Recipe
 from intact.report import ProgramFacts, Report, render, report_to_json
+from intact.signature import listed
 from intact.staged import Stages, measure
 from intact.storage import to_bytes, write_atomically
 
@@ -111,6 +110,7 @@ def run_experiment(
     """
     tell = progress or (lambda *_: None)
     tell("capturing", 0, 1)
+    _check_inputs(model)
     network = _captured(model, calibration)
     if pixels is not None:
         network = take_pixels(network, pixels.mean, pixels.std)
@@ -170,6 +170,7 @@ def run_experiment(
             ops=len(program.ops),
             macs=sum(map(program.macs, program.ops)),
             accumulator_bits=max(layer.accumulator_bits for layer in analysis.layers),
+            outputs=program.outputs,
         ),
         recipe=recipe.to_dict(),
         recipe_toml=recipe.to_toml(),
@@ -232,7 +233,7 @@ def write_experiment(experiment: Experiment, folder: Path) -> None:
     files = {
         "float.safetensors": safetensors_bytes(state),
         "program.safetensors": to_bytes(experiment.quantized.program),
-        "predictions.npz": _npz(experiment.stages.predictions),
+        "predictions.npz": npz_bytes(experiment.stages.predictions),
         "results.json": report_to_json(experiment.report).encode(),
         "report.html": render(experiment.report).encode(),
     }
@@ -249,6 +250,16 @@ def versions() -> dict[str, str]:
         "intact": __version__,
         **{name: version(name) for name in packages},
     }
+
+
+def _check_inputs(model: nn.Module) -> None:
+    needed = required_inputs(model)
+    if len(needed) > 1:
+        raise DataError(
+            f"the network takes {len(needed)} inputs, {listed(needed)}, but samples of files and "
+            "folders are of one. Quantize it in Python, with intact.quantize and intact.stages, "
+            "whose batches may be of several."
+        )
 
 
 def _captured(model: nn.Module, samples: Samples) -> Network:
@@ -271,7 +282,7 @@ def _check_test_data(network: Network, test: Samples) -> None:
             f"the network was captured for samples of shape {list(taken)}, as calibration has "
             f"them, but those of {test.name} have shape {list(test.shape)}."
         )
-    outputs = math.prod(network.tensors[network.output].shape)
+    outputs = math.prod(network.tensors[network.outputs[0]].shape)
     if test.classes is not None and len(test.classes) > outputs:
         raise DataError(
             f"the network tells {outputs} classes apart, but {test.name} has "
@@ -314,14 +325,3 @@ def _first(batches: Iterable[Batch], count: int) -> Iterator[torch.Tensor]:
         left -= len(x)
         if left <= 0:
             return
-
-
-def _npz(arrays: Mapping[str, npt.NDArray[np.int64]]) -> bytes:
-    """As `numpy.savez`, but the same bytes for the same arrays: members carry no time."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, array in arrays.items():
-            member = io.BytesIO()
-            np.save(member, array, allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())
-    return buffer.getvalue()

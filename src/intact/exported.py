@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -28,6 +28,7 @@ _TRAINING = {"batch_norm": "training", "dropout": "train", "feature_dropout": "t
 """ATen operation -> its argument that says whether it is in training mode."""
 
 _DYNAMIC = "dynamic_shapes=({0: torch.export.Dim('batch')},)"
+"""For one input; for several, as often as there are inputs."""
 
 
 class ExportedModel(nn.Module):
@@ -38,15 +39,15 @@ class ExportedModel(nn.Module):
     ones with their parameters, and every operation runs inside of the one that it was in, so that
     layers have the names that users know.
 
-    input_shape  of one sample, float32
+    input_shapes  of one sample of each input, float32
 
-    A program that was exported in training mode, for one size of batch, or with several inputs is
-    a `ModelError` that says how to export it.
+    A program that was exported in training mode or for one size of batch is a `ModelError` that
+    says how to export it.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
-        self.input_shape = _input_shape(program)
+        self.input_shapes = _input_shapes(program)
         module = program.module(check_guards=False)
         _check_mode(module.graph)
         self._shared = _Shared(module.graph, program.call_spec.out_spec)
@@ -58,12 +59,13 @@ class ExportedModel(nn.Module):
                 self._take(str(node.target), operator.attrgetter(node.target)(module))
         self.eval()
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def forward(self, *inputs: torch.Tensor) -> Any:
         """What the exported program computes."""
         values: dict[Node, Any] = {}
+        given = iter(inputs)
         for node in self._shared.graph.nodes:
             if node.op == "placeholder":
-                values[node] = x
+                values[node] = next(given)
             elif node.op == "get_attr":
                 values[node] = operator.attrgetter(node.target)(self)
             elif node.op == "call_function":
@@ -157,15 +159,19 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _input_shape(program: ExportedProgram) -> Shape:
-    inputs = program.graph_signature.user_inputs
+def _input_shapes(program: ExportedProgram) -> tuple[Shape, ...]:
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    if len(inputs) != 1 or not isinstance(inputs[0], str):
-        raise ModelError(
-            f"it takes {len(inputs)} inputs, but a network has exactly one. Export a module that "
-            "fixes the others."
-        )
-    shape = nodes[inputs[0]].meta["val"].shape
+    shapes = []
+    for name in program.graph_signature.user_inputs:
+        if not isinstance(name, str):
+            raise ModelError(
+                f"it takes {name!r} beside tensors. Export a module that has it as an attribute."
+            )
+        shapes.append(_input_shape(nodes[name].meta["val"].shape))
+    return tuple(shapes)
+
+
+def _input_shape(shape: Sequence[Any]) -> Shape:
     if not len(shape) or isinstance(shape[0], int):
         raise ModelError(
             f"it takes only inputs of shape {list(shape)}, of this one size of batch. Export it "

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from intact.arithmetic import dequantize
+from intact.data.arrays import npz_bytes
 from intact.data.carried import pixels_alone
 from intact.data.checking import check_labels, check_pixel_values
 from intact.data.hashing import SampleHashes
@@ -22,6 +22,7 @@ from intact.data.samples import Samples
 from intact.engines import Engine
 from intact.errors import DataError
 from intact.program import Program
+from intact.signature import Values, wrapped
 from intact.significance import wilson_interval
 from intact.storage import write_atomically
 
@@ -29,7 +30,7 @@ __all__ = ["BATCH", "SUFFIXES", "Evaluation", "Predictions", "evaluate", "infer"
 
 BATCH = 256
 """Samples that are decoded and run at a time: memory does not grow with the number of images."""
-SUFFIXES = (".csv", ".json", ".npy")
+SUFFIXES = (".csv", ".json", ".npy", ".npz")
 """Of files that predictions can be written to."""
 
 Progress = Callable[[int], object]
@@ -40,12 +41,17 @@ Progress = Callable[[int], object]
 class Predictions:
     """What a program says about inputs.
 
-    names   one per sample: paths of images below their folder, or positions in an array
-    output  float32 `[N, *output shape]`, the dequantized output codes
+    names    one per sample: paths of images below their folder, or positions in an array
+    outputs  name -> float32 `[N, *output shape]`, the dequantized codes, in the program's order
     """
 
     names: tuple[str, ...]
-    output: npt.NDArray[np.float32]
+    outputs: Mapping[str, npt.NDArray[np.float32]]
+
+    @property
+    def output(self) -> npt.NDArray[np.float32]:
+        """The first output, `[N, *output shape]`: where there are classes, their scores."""
+        return next(iter(self.outputs.values()))
 
     @property
     def classes(self) -> npt.NDArray[np.int64]:
@@ -64,11 +70,13 @@ class Predictions:
         return self.output.reshape(len(self.output), int(np.prod(self.output.shape[1:])))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Per sample its name, class, and output as nested lists."""
-        return [
-            {"input": name, "class": int(label), "output": output.tolist()}
-            for name, label, output in zip(self.names, self.classes, self.output, strict=True)
-        ]
+        """Per sample its name, class, and output as nested lists; of several all by their names."""
+        listed = []
+        for i, (name, label) in enumerate(zip(self.names, self.classes, strict=True)):
+            values = {output: array[i].tolist() for output, array in self.outputs.items()}
+            shown = {"outputs": values} if len(values) > 1 else {"output": self.output[i].tolist()}
+            listed.append({"input": name, "class": int(label), **shown})
+        return listed
 
     def write(self, path: Path) -> None:
         """Write all outputs to a file, atomically; its suffix, one of `SUFFIXES`, says how.
@@ -76,8 +84,16 @@ class Predictions:
         .csv   a line per sample: name, class, and every output in row-major order
         .json  `to_list`
         .npy   the array `output` alone
+        .npz   all outputs under their names
+
+        Several outputs go to .json or .npz only: `DataError` for another.
         """
         check_suffix(path)
+        if len(self.outputs) > 1 and path.suffix not in (".json", ".npz"):
+            raise DataError(
+                f"the program has {len(self.outputs)} outputs, and {path.suffix} holds one: write "
+                ".npz or .json."
+            )
         if path.suffix == ".csv":
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
@@ -88,6 +104,8 @@ class Predictions:
             data = text.getvalue().encode()
         elif path.suffix == ".json":
             data = (json.dumps(self.to_list()) + "\n").encode()
+        elif path.suffix == ".npz":
+            data = npz_bytes(self.outputs)
         else:
             buffer = io.BytesIO()
             np.save(buffer, self.output, allow_pickle=False)
@@ -113,14 +131,15 @@ def infer(
     """
     tell = progress or (lambda _: None)
     run = _runner(program, engine, samples)
-    spec = program.tensors[program.output]
     names: list[str] = []
-    outputs: list[npt.NDArray[np.float32]] = []
+    outputs: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in program.outputs}
     for called, x in samples.named_batches(BATCH):
         names += called
-        outputs.append(dequantize(run(x), spec.qparams))
+        real = wrapped(program.dequantize_output(run(x)), program.outputs)
+        for name, part in zip(program.outputs, real, strict=True):
+            outputs[name].append(part)
         tell(len(names))
-    return Predictions(tuple(names), np.concatenate(outputs))
+    return Predictions(tuple(names), {k: np.concatenate(parts) for k, parts in outputs.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +170,9 @@ def evaluate(
 ) -> Evaluation:
     """The accuracy of a program: how often its largest output, the first of several, is the label.
 
-    That is what the last stage of an experiment measures. `DataError` for samples without labels,
-    and for labels that the program has no output for.
+    That is what the last stage of an experiment measures; of a program with several outputs, the
+    first one counts. `DataError` for samples without labels, and for labels that the program has no
+    output for.
     """
     tell = progress or (lambda _: None)
     if not samples.labelled:
@@ -161,7 +181,7 @@ def evaluate(
             "per class, or a .npz or .safetensors file with samples 'x' and labels 'y'; `intact "
             "run` gives predictions without labels."
         )
-    outputs = math.prod(program.tensors[program.output].shape)
+    outputs = math.prod(program.tensors[program.outputs[0]].shape)
     if samples.classes is not None and len(samples.classes) > outputs:
         raise DataError(
             f"the program tells {outputs} classes apart, but {samples.name} has "
@@ -175,7 +195,8 @@ def evaluate(
             raise DataError(f"{samples.name} said that it has labels, but a batch has none.")
         check_labels(labels, outputs, samples.name)
         hashes.update(x, labels)
-        predicted = run(x).reshape(len(x), outputs).argmax(axis=1)
+        first = wrapped(run(x), program.outputs)[0]
+        predicted = first.reshape(len(x), outputs).argmax(axis=1)
         correct += int((predicted == labels).sum())
         total += len(x)
         tell(total)
@@ -184,11 +205,11 @@ def evaluate(
 
 def _runner(
     program: Program, engine: Engine, samples: Samples
-) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]:
+) -> Callable[[npt.NDArray[np.float32]], Values]:
     """From a batch of the samples to the program's output codes."""
     pixels = pixels_alone(program)
 
-    def run(x: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def run(x: npt.NDArray[np.float32]) -> Values:
         if pixels:
             check_pixel_values(x, samples.name)
         return engine(program.quantize_input(x))

@@ -26,7 +26,7 @@ from intact.exported import ExportedModel, read_exported
 from intact.ops import Shape
 from intact.zoo import NETWORKS, load_network, read_network
 
-__all__ = ["input_shape", "load_model", "title"]
+__all__ = ["input_shape", "input_shapes", "load_model", "title"]
 
 FORMS = "FILE.py:NAME, package.module:NAME, FILE.pt2, or a name that `intact zoo` lists"
 WEIGHTS = (".safetensors", ".pt", ".pth")
@@ -69,11 +69,20 @@ def load_model(
     return model
 
 
-def input_shape(model: nn.Module) -> Shape | None:
-    """The shape of one sample, where the network itself says so: an exported one, or of the zoo."""
+def input_shapes(model: nn.Module) -> tuple[Shape, ...]:
+    """The shapes of one sample of every input, where the network itself says so, else nothing.
+
+    An exported one does, and those of the zoo.
+    """
     if isinstance(model, ExportedModel):
-        return model.input_shape
-    return (3, 32, 32) if type(model).__module__.startswith("intact.zoo.") else None
+        return model.input_shapes
+    return ((3, 32, 32),) if type(model).__module__.startswith("intact.zoo.") else ()
+
+
+def input_shape(model: nn.Module) -> Shape | None:
+    """The shape of one sample, where the network itself says so and has one input."""
+    shapes = input_shapes(model)
+    return shapes[0] if len(shapes) == 1 else None
 
 
 def title(spec: str) -> str:

@@ -69,7 +69,7 @@ def lower(
             raise
     tensors = {name: QTensor(network.tensors[name].shape, qparams[name]) for name in qparams}
     return Program(
-        network.input, network.output, network.ops, tensors, parameters, dict(info or {})
+        network.inputs, network.outputs, network.ops, tensors, parameters, dict(info or {})
     )
 
 

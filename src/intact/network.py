@@ -39,6 +39,7 @@ from intact.ops import (
     weighted,
 )
 from intact.pointwise import Pointwise
+from intact.signature import Values, in_order, signature_error, the_only, unwrapped
 
 __all__ = ["Hook", "Network", "TensorSpec", "around", "pad", "strided", "upsample"]
 
@@ -63,29 +64,34 @@ class TensorSpec:
 class Network:
     """A float network, captured: batch norm folded, dropout gone, activations fused.
 
-    input       name of the input tensor
-    output      name of the output tensor
+    inputs      names of the input tensors, in the order in which they are given; each is read by
+                some op
+    outputs     names of the output tensors, in the order in which a result has them: results of
+                ops, each once
     ops         in topological order; an op's result carries its name
-    tensors     input and every op's name -> `TensorSpec`
+    tensors     every input's and every op's name -> `TensorSpec`
     parameters  `<op>.weight` and, where there is one, `<op>.bias` -> float32
     sources     op -> the user's source line, for messages
     functions   every `Table` -> what it computes
+    returned    output -> where it stands in what the captured module returns, as `['boxes'][0]`;
+                empty where that is one tensor
 
     `network(x)` runs it in torch, differentiably, on whatever device the parameters are.
     """
 
-    input: str
-    output: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     ops: tuple[Op, ...]
     tensors: Mapping[str, TensorSpec]
     parameters: Mapping[str, torch.Tensor]
     sources: Mapping[str, str] = field(default_factory=dict)
     functions: Mapping[str, Pointwise] = field(default_factory=dict)
+    returned: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("tensors", "parameters", "sources", "functions"):
+        for name in ("tensors", "parameters", "sources", "functions", "returned"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        known = {self.input}
+        known = set(self.inputs)
         for op in self.ops:
             for tensor in op.inputs:
                 if tensor not in known:
@@ -105,25 +111,41 @@ class Network:
                     f"op {op.name!r} yields {list(shape)}, but its TensorSpec says "
                     f"{list(self.tensors[op.name].shape)}."
                 )
-        if self.output not in known:
-            raise IntactError(f"the output {self.output!r} is computed by no op.")
+        if wrong := signature_error(self.inputs, self.outputs, self.ops):
+            raise IntactError(f"{wrong}.")
 
-    def __call__(self, x: torch.Tensor, hook: Hook | None = None) -> torch.Tensor:
+    @property
+    def input(self) -> str:
+        """Name of the only input; `IntactError` where there are several."""
+        return the_only("input", self.inputs, "network", IntactError)
+
+    @property
+    def output(self) -> str:
+        """Name of the only output; `IntactError` where there are several."""
+        return the_only("output", self.outputs, "network", IntactError)
+
+    def __call__(self, x: Values, hook: Hook | None = None) -> Values:
         """Run a batch: `[N, *input shape]` float32 -> `[N, *output shape]` float32.
 
-        hook  called as `hook(name, tensor)` for the input and every op's result, fused clamp
+        x     of several inputs, a tuple in the order of `inputs` or a mapping from their names
+        hook  called as `hook(name, tensor)` for every input and every op's result, fused clamp
               applied; what it returns takes the tensor's place. Calibration looks and returns the
               tensor, fake quantization returns another.
+
+        Returns a tuple in the order of `outputs` where there are several.
         """
-        spec = self.tensors[self.input]
-        if tuple(x.shape[1:]) != spec.shape:
-            raise IntactError(
-                f"the network takes batches of shape [N, {', '.join(map(str, spec.shape))}], not "
-                f"{list(x.shape)}."
-            )
         see = hook or (lambda _, tensor: tensor)
-        freed = last_uses(self.ops, (self.output,))
-        values = {self.input: see(self.input, x)}
+        freed = last_uses(self.ops, self.outputs)
+        given = in_order(x, self.inputs, "network", IntactError)
+        for name, tensor in zip(self.inputs, given, strict=True):
+            shape = self.tensors[name].shape
+            if tuple(tensor.shape[1:]) != shape:
+                which = "" if len(self.inputs) == 1 else f" of {name!r}"
+                raise IntactError(
+                    f"the network takes batches{which} of shape [N, "
+                    f"{', '.join(map(str, shape))}], not {list(tensor.shape)}."
+                )
+        values = {n: see(n, tensor) for n, tensor in zip(self.inputs, given, strict=True)}
         for op in self.ops:
             result = self._run(op, [values[i] for i in op.inputs])
             out = self.tensors[op.name]
@@ -134,7 +156,7 @@ class Network:
             values[op.name] = see(op.name, result)
             for tensor in freed.get(op.name, ()):
                 del values[tensor]
-        return values[self.output]
+        return unwrapped(values[name] for name in self.outputs)
 
     def run_op(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         """The result of one op on batches, before its fused clamp."""

@@ -45,6 +45,7 @@ from intact.ops import (
     pool_size,
     weighted,
 )
+from intact.signature import Values, in_order, signature_error, the_only, unwrapped, wrapped
 
 if TYPE_CHECKING:
     from intact.engines import Engine
@@ -98,7 +99,7 @@ class _Ready:
     """
 
     engine: Engine
-    try_codes: Callable[[object], Array | None]
+    try_codes: Callable[[object], Values | None]
     try_run: Callable[[object], npt.NDArray[np.float32] | None]
 
     @classmethod
@@ -114,10 +115,12 @@ class _Ready:
 class Program:
     """An integer network, self-contained and validated: whatever exists can be run.
 
-    input       name of the input tensor
-    output      name of the output tensor
+    inputs      names of the input tensors, in the order in which a batch gives them; each is read
+                by some op
+    outputs     names of the output tensors, in the order in which a result has them: results of
+                ops, each once
     ops         in topological order; an op's result carries its name
-    tensors     input and every op's name -> `QTensor`
+    tensors     every input's and every op's name -> `QTensor`
     parameters  per op, read-only arrays:
                 `<op>.weight`        int8, convolution and linear
                 `<op>.bias`          int32 [O], in units of scale_x * scale_w[o]; may be absent
@@ -132,8 +135,8 @@ class Program:
     Two programs are equal when their files would be.
     """
 
-    input: str
-    output: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     ops: tuple[Op, ...]
     tensors: Mapping[str, QTensor]
     parameters: Mapping[str, Array]
@@ -155,69 +158,121 @@ class Program:
         object.__setattr__(self, "parameters", MappingProxyType(frozen))
         _validate(self)
 
-    # -- running ---------------------------------------------------------------------------------
+    # -- inputs and outputs ----------------------------------------------------------------------
 
-    def quantize_input(self, x: npt.ArrayLike) -> Array:
-        """Float input `[N, *shape]` to the codes that `codes` takes."""
-        spec = self.tensors[self.input]
-        real = _floats(_as_array(x), spec.qparams)
+    @property
+    def input(self) -> str:
+        """Name of the only input; `ProgramError` where there are several."""
+        return the_only("input", self.inputs, "program", ProgramError)
+
+    @property
+    def output(self) -> str:
+        """Name of the only output; `ProgramError` where there are several."""
+        return the_only("output", self.outputs, "program", ProgramError)
+
+    def _given(self, x: Any) -> tuple[Array, ...]:
+        """The arrays that a caller gives, in the order of the inputs."""
+        given = in_order(x, self.inputs, "program", ProgramError)
+        return tuple(_as_array(part, self._called(i)) for i, part in enumerate(given))
+
+    def _called(self, index: int) -> str:
+        """An input in a message."""
+        return "the input" if len(self.inputs) == 1 else f"the input {self.inputs[index]!r}"
+
+    def _quantized(self, index: int, array: Array) -> Array:
+        """Float values of an input as codes."""
+        name = self.inputs[index]
+        spec, called = self.tensors[name], self._called(index)
+        real = _floats(array, spec.qparams, called)
         if real.shape[1:] != spec.shape or real.ndim == 0:
+            who = "the program" if len(self.inputs) == 1 else called
             raise ProgramError(
-                f"the program takes batches of shape [N, {', '.join(map(str, spec.shape))}], not "
+                f"{who} takes batches of shape [N, {', '.join(map(str, spec.shape))}], not "
                 f"{list(real.shape)}."
             )
-        return quantize(real, spec.qparams, f"the input {self.input!r}")
+        return quantize(real, spec.qparams, f"the input {name!r}")
 
-    def codes(self, x: npt.ArrayLike, engine: str = "auto", threads: int | None = None) -> Array:
+    # -- running ---------------------------------------------------------------------------------
+
+    def quantize_input(self, x: npt.ArrayLike | Mapping[str, npt.ArrayLike]) -> Values:
+        """Float input `[N, *shape]` to the codes that `codes` takes.
+
+        Of several inputs, a tuple in their order or a mapping from their names to a tuple.
+        """
+        return unwrapped(self._quantized(i, array) for i, array in enumerate(self._given(x)))
+
+    def codes(
+        self,
+        x: npt.ArrayLike | Mapping[str, npt.ArrayLike],
+        engine: str = "auto",
+        threads: int | None = None,
+    ) -> Values:
         """Run a batch to integer codes.
 
         x        float32 `[N, *input shape]`, which is quantized first, or codes in the input's
-                 own dtype (int8 or uint8), which are taken as they are
+                 own dtype (int8 or uint8), which are taken as they are. Of several inputs, a tuple
+                 of such arrays in the order of `inputs`, or a mapping from their names, all with
+                 the same N
         engine   "reference" (NumPy, the definition), "torch", "native" (compiled for this machine),
                  or "auto": the fastest of them here. The bits are the same; see
                  `intact.engines.load_engine`
         threads  most threads that share the batch; None: as many as the engine finds
-        returns  int8 or uint8 `[N, *output shape]`
+        returns  int8 or uint8 `[N, *output shape]`. Of several outputs, a tuple of such arrays in
+                 the order of `outputs`
         """
         ready = self._engines.get((engine, threads))
         if ready is not None and (quick := ready.try_codes(x)) is not None:
             return quick
-        array = _as_array(x)
-        spec = self.tensors[self.input].qparams
-        given = array if array.dtype == spec.dtype else self.quantize_input(array)
-        self.check_codes(given)
+        given = self.input_codes(x)
         if ready is None:
             ready = self._engines[engine, threads] = _Ready.make(engine, self, threads)
         return ready.engine(given)
 
     def run(
-        self, x: npt.ArrayLike, engine: str = "auto", threads: int | None = None
-    ) -> npt.NDArray[np.float32]:
+        self,
+        x: npt.ArrayLike | Mapping[str, npt.ArrayLike],
+        engine: str = "auto",
+        threads: int | None = None,
+    ) -> Values:
         """Run a batch: float32 `[N, *input shape]` in, float32 `[N, *output shape]` out.
 
-        Quantizes, runs `codes`, dequantizes. Takes what `codes` takes.
+        Quantizes, runs `codes`, dequantizes. Takes what `codes` takes, and returns a tuple where
+        that does.
         """
         ready = self._engines.get((engine, threads))
         if ready is not None and (quick := ready.try_run(x)) is not None:
             return quick
-        return dequantize(self.codes(x, engine, threads), self.tensors[self.output].qparams)
+        return self.dequantize_output(self.codes(x, engine, threads))
 
-    def check_codes(self, codes: Array) -> None:
-        """Raise `ProgramError` unless `codes` is a batch that the program may run."""
-        spec = self.tensors[self.input]
-        if codes.dtype != spec.qparams.dtype or codes.shape[1:] != spec.shape or codes.ndim == 0:
-            raise ProgramError(
-                f"input codes must be {spec.qparams.dtype.name} of shape "
-                f"[N, {', '.join(map(str, spec.shape))}], not {codes.dtype.name} "
-                f"{list(codes.shape)}."
+    def dequantize_output(self, codes: Values) -> Values:
+        """What `codes` returns, as real values: float32 in the place of every code."""
+        arrays = zip(self.outputs, wrapped(codes, self.outputs), strict=True)
+        return unwrapped(dequantize(array, self.tensors[name].qparams) for name, array in arrays)
+
+    def input_codes(self, x: npt.ArrayLike | Mapping[str, npt.ArrayLike]) -> Values:
+        """What `codes` runs: codes that are given, and floats quantized. Takes what that takes."""
+        grids = [self.tensors[name].qparams for name in self.inputs]
+        given = unwrapped(
+            array if array.dtype == grid.dtype else self._quantized(i, array)
+            for i, (array, grid) in enumerate(zip(self._given(x), grids, strict=True))
+        )
+        self.check_codes(given)
+        return given
+
+    def check_codes(self, codes: Values) -> tuple[Array, ...]:
+        """The arrays of a batch of codes, in the order of the inputs.
+
+        Raises `ProgramError` unless it is one that the program may run.
+        """
+        arrays = self._given(codes)
+        for i, (name, array) in enumerate(zip(self.inputs, arrays, strict=True)):
+            _check_codes(array, self.tensors[name], self._called(i))
+        if len({len(array) for array in arrays}) > 1:
+            sizes = ", ".join(
+                f"{len(array)} of {name!r}" for name, array in zip(self.inputs, arrays, strict=True)
             )
-        if codes.size and not (
-            spec.qparams.qmin <= int(codes.min()) and int(codes.max()) <= spec.qparams.qmax
-        ):
-            raise ProgramError(
-                f"input codes reach from {codes.min()} to {codes.max()}, outside of the program's "
-                f"input range [{spec.qparams.qmin}, {spec.qparams.qmax}]."
-            )
+            raise ProgramError(f"every input must have as many samples, but there are {sizes}.")
+        return arrays
 
     # -- facts -----------------------------------------------------------------------------------
 
@@ -260,7 +315,7 @@ class Program:
     @property
     def takes_pixels(self) -> bool:
         """Whether the input's real values are 0 to 255 and its codes the same: 8-bit pixels."""
-        return self.tensors[self.input].qparams == PIXELS
+        return len(self.inputs) == 1 and self.tensors[self.input].qparams == PIXELS
 
     @property
     def parameter_bytes(self) -> int:
@@ -295,9 +350,12 @@ class Program:
         return from_bytes, (to_bytes(self), "a pickled program")
 
     def __repr__(self) -> str:
+        given, made = (
+            ", ".join(f"{name} {list(self.tensors[name].shape)}" for name in names)
+            for names in (self.inputs, self.outputs)
+        )
         return (
-            f"<intact.Program {self.input} {list(self.tensors[self.input].shape)} -> "
-            f"{self.output} {list(self.tensors[self.output].shape)}, {len(self.ops)} ops, "
+            f"<intact.Program {given} -> {made}, {len(self.ops)} ops, "
             f"{sum(map(self.macs, self.ops)):,} MACs, {self.parameter_bytes:,} bytes>"
         )
 
@@ -305,8 +363,9 @@ class Program:
         """The program as a table, for notebooks."""
         head = ("op", "", "result", "codes", "scale", "zero point", "MACs", "bytes", "acc bits")
         rows = []
-        for op in (None, *self.ops):
-            name = self.input if op is None else op.name
+        lines: list[tuple[str, Op | None]] = [(name, None) for name in self.inputs]
+        lines += [(op.name, op) for op in self.ops]
+        for name, op in lines:
             grid = self.tensors[name].qparams
             rows.append(
                 (
@@ -329,24 +388,40 @@ class Program:
         return f"<p>{html.escape(repr(self))}</p><table><tr>{heads}</tr>{body}</table>"
 
 
-def _as_array(x: npt.ArrayLike) -> Array:
+def _as_array(x: npt.ArrayLike, called: str) -> Array:
     try:
         return np.asarray(x)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).rstrip(".")
         raise ProgramError(
-            f"the input is no array: {reason}. Give an array or a CPU tensor of float32."
+            f"{called} is no array: {reason}. Give an array or a CPU tensor of float32."
         ) from error
 
 
-def _floats(array: Array, spec: QParams) -> npt.NDArray[np.float32]:
+def _floats(array: Array, spec: QParams, called: str) -> npt.NDArray[np.float32]:
     """The array as float32, if it holds floats: other integers could be meant as codes."""
     if array.dtype.kind != "f":
         raise ProgramError(
-            f"the input is {array.dtype.name}. Give float32 values, or codes as {spec.dtype.name}."
+            f"{called} is {array.dtype.name}. Give float32 values, or codes as {spec.dtype.name}."
         )
     with np.errstate(over="ignore"):  # a float64 beyond float32 is inf, which saturates
         return np.asarray(array, np.float32)
+
+
+def _check_codes(codes: Array, spec: QTensor, called: str) -> None:
+    """Raise `ProgramError` unless these are codes of an input."""
+    grid = spec.qparams
+    if codes.dtype != grid.dtype or codes.shape[1:] != spec.shape or codes.ndim == 0:
+        raise ProgramError(
+            f"the codes of {called} must be {grid.dtype.name} of shape "
+            f"[N, {', '.join(map(str, spec.shape))}], not {codes.dtype.name} "
+            f"{list(codes.shape)}."
+        )
+    if codes.size and not (grid.qmin <= int(codes.min()) and int(codes.max()) <= grid.qmax):
+        raise ProgramError(
+            f"the codes of {called} reach from {codes.min()} to {codes.max()}, outside of its "
+            f"range [{grid.qmin}, {grid.qmax}]."
+        )
 
 
 # -- validation ----------------------------------------------------------------------------------
@@ -415,17 +490,19 @@ def _validate(program: Program) -> None:
         _require(isinstance(op, Op), f"{_short(op)} is no op.")
         wrong = field_error(type(op), {f.name: getattr(op, f.name) for f in fields(op)})
         _require(wrong is None, f"{type(op).__name__} {_short(op.name)}: {wrong}.")
-    names = [program.input, *(op.name for op in program.ops)]
-    for name in (*names, program.output, *program.tensors):
+    for kind in ("inputs", "outputs"):
+        given = getattr(program, kind)
+        _require(isinstance(given, tuple), f"{kind} is {_short(given)}, but must be a tuple.")
+    names = [*program.inputs, *(op.name for op in program.ops)]
+    for name in (*names, *program.outputs, *program.tensors):
         _check_name(name)
     _require(len(set(names)) == len(names), "two tensors have the same name.")
     unmatched = sorted(set(names) ^ set(program.tensors))
     _require(
         not unmatched,
-        "the input and the ops do not match the tensors one to one: "
+        "the inputs and the ops do not match the tensors one to one: "
         f"{', '.join(map(repr, unmatched[:5]))}.",
     )
-    _require(program.output in names[1:], f"the output {program.output!r} is computed by no op.")
     _check_info(program)
     for name, tensor in program.tensors.items():
         _check_tensor(name, tensor)
@@ -435,7 +512,7 @@ def _validate(program: Program) -> None:
         f"the tensors of one sample have {total:,} elements together, more than "
         f"{MAX_TOTAL_ELEMENTS:,}.",
     )
-    known = {program.input}
+    known = set(program.inputs)
     expected: set[str] = set()
     for op in program.ops:
         _require(op.inputs, f"op {op.name!r} has no inputs.")
@@ -452,6 +529,8 @@ def _validate(program: Program) -> None:
             raise
         except IntactError as error:
             raise ProgramError(str(error)) from error
+    wrong = signature_error(program.inputs, program.outputs, program.ops)
+    _require(wrong is None, f"{wrong}.")
     extra, missing = set(program.parameters) - expected, expected - set(program.parameters)
     _require(not extra, f"parameters that no op uses: {_short(sorted(extra)[:5])}.")
     _require(not missing, f"parameters that are missing: {sorted(missing)[:5]}.")

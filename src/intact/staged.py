@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -11,12 +11,14 @@ import numpy.typing as npt
 import torch
 
 from intact.arithmetic import QParams, accumulator_scale, dequantize, quantize
+from intact.calibrate import split
 from intact.data.checking import check_labels
 from intact.engines.torch import TorchEngine
 from intact.errors import DataError
 from intact.network import Hook, Network
 from intact.ops import weighted
 from intact.program import Program
+from intact.signature import in_order, unwrapped, wrapped
 from intact.significance import decibels, mcnemar_p, paired_interval, percent, wilson_interval
 
 __all__ = [
@@ -30,12 +32,16 @@ __all__ = [
 ]
 
 Logits = npt.NDArray[np.float32]
-Model = Callable[[torch.Tensor], Logits]
+Inputs: TypeAlias = tuple[torch.Tensor, ...]
+Model = Callable[[Inputs], tuple[Logits, ...]]
+"""From all inputs to all outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
     """One stage, measured on a labelled test set, and paired with the float network.
+
+    Of several outputs the first one holds the logits, which all but `sqnr_db` is about.
 
     name                 "float", "weights", "activations", "bias-unscaled", "integer"
     correct, total       images
@@ -48,7 +54,8 @@ class StageResult:
     difference_interval  95 % interval of the paired difference
     agreement            fraction of images with the prediction of float, right or wrong
     sqnr_db              signal-to-quantization-noise ratio of the logits against float's, in dB;
-                         None where they are equal (float itself)
+                         None where they are equal (float itself). Of several outputs the lowest;
+                         `Stages.sqnr_db` has all
     """
 
     name: str
@@ -94,13 +101,16 @@ class Stages:
 
     results      in order: float, weights, activations, bias-unscaled (where there is a bias),
                  integer; with labels `StageResult`, without `UnlabelledResult`
-    predictions  stage -> int64 [images], the class with the largest logit; the first of equals
+    predictions  stage -> int64 [images], the class with the largest logit of the first output; the
+                 first of equals
+    sqnr_db      stage -> output -> as in `StageResult`, of this output alone
     labels       int64 [images]; None for a test set without
     program      what the last stage ran
     """
 
     results: tuple[Result, ...]
     predictions: Mapping[str, npt.NDArray[np.int64]]
+    sqnr_db: Mapping[str, Mapping[str, float | None]]
     labels: npt.NDArray[np.int64] | None
     program: Program
 
@@ -184,31 +194,33 @@ def measure(
 
     network   the aligned float network that the program stands for
     batches   of `(float32 [N, ...], integer labels [N])`, tensors or arrays; in all of them, None
-              for labels that are not known
+              for labels that are not known. For several inputs see `calibrate.split`
     progress  called after each batch with the number of images seen so far
     corrected the network with the biases that were lowered, where they are not its own; the stages
               from the activations on have them
     """
     models = _models(network, program, corrected or network)
-    noise = dict.fromkeys(models, 0.0)
-    signal = 0.0
+    noise = {name: np.zeros(len(program.outputs)) for name in models}
+    signal = np.zeros(len(program.outputs))
     predicted: dict[str, list[npt.NDArray[np.int64]]] = {name: [] for name in models}
     labels: list[npt.NDArray[np.int64]] = []
     seen = 0
     for batch in batches:
-        x, y = _pair(batch)
-        if not len(x):
+        x, y = _pair(batch, network.inputs)
+        if not len(x[0]):
             continue
-        outputs = {name: model(x).reshape(len(x), -1) for name, model in models.items()}
-        reference = outputs["float"].astype(np.float64)
+        outputs = {name: model(x) for name, model in models.items()}
+        reference = [output.astype(np.float64) for output in outputs["float"]]
         if y is not None:
-            check_labels(y, reference.shape[1], "the test data")
+            check_labels(y, reference[0][0].size, "the test data")
             labels.append(y)
-        signal += float(np.square(reference).sum())
-        for name, logits in outputs.items():
+        signal += [np.square(output).sum() for output in reference]
+        for name, made in outputs.items():
+            logits = made[0].reshape(len(x[0]), -1)
             predicted[name].append(logits.argmax(axis=1).astype(np.int64))
-            noise[name] += float(np.square(logits - reference).sum())
-        seen += len(x)
+            pairs = zip(made, reference, strict=True)
+            noise[name] += [np.square(output - right).sum() for output, right in pairs]
+        seen += len(x[0])
         if progress:
             progress(seen)
     if not seen:
@@ -219,11 +231,23 @@ def measure(
             f"only {len(truth):,} of {seen:,} samples came with labels: give all of them, or none."
         )
     predictions = {name: np.concatenate(parts) for name, parts in predicted.items()}
+    ratios = {
+        name: {
+            output: decibels(float(signal[i]), float(noise[name][i]))
+            for i, output in enumerate(program.outputs)
+        }
+        for name in models
+    }
     results = tuple(
-        _result(name, predictions[name], predictions["float"], truth, decibels(signal, noise[name]))
+        _result(name, predictions[name], predictions["float"], truth, _lowest(ratios[name]))
         for name in models
     )
-    return Stages(results, predictions, truth, program)
+    return Stages(results, predictions, ratios, truth, program)
+
+
+def _lowest(ratios: Mapping[str, float | None]) -> float | None:
+    """The lowest ratio; None where no output has any noise."""
+    return min((ratio for ratio in ratios.values() if ratio is not None), default=None)
 
 
 def unscaled_bias(network: Network, program: Program) -> Network:
@@ -275,17 +299,19 @@ def _models(network: Network, program: Program, corrected: Network) -> dict[str,
     def floating(
         network: Network, dtype: torch.dtype = torch.float32, hook: Hook | None = None
     ) -> Model:
-        def run(x: torch.Tensor) -> Logits:
+        def run(x: Inputs) -> tuple[Logits, ...]:
             with torch.inference_mode():
-                return network(x.to(dtype), hook).to(torch.float32).numpy()
+                results = network(unwrapped(part.to(dtype) for part in x), hook)
+                results = wrapped(results, network.outputs)
+                return tuple(result.to(torch.float32).numpy() for result in results)
 
         return run
 
     engine = TorchEngine(program)
 
-    def integer(x: torch.Tensor) -> Logits:
-        codes = engine(program.quantize_input(x.numpy()))
-        return dequantize(codes, program.tensors[program.output].qparams)
+    def integer(x: Inputs) -> tuple[Logits, ...]:
+        codes = engine(program.quantize_input(unwrapped(part.numpy() for part in x)))
+        return wrapped(program.dequantize_output(codes), program.outputs)
 
     models: dict[str, Model] = {
         "float": floating(network),
@@ -299,23 +325,26 @@ def _models(network: Network, program: Program, corrected: Network) -> dict[str,
     return models
 
 
-def _pair(batch: Any) -> tuple[torch.Tensor, npt.NDArray[np.int64] | None]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+def _pair(batch: Any, names: Sequence[str]) -> tuple[Inputs, npt.NDArray[np.int64] | None]:
+    if len(names) == 1 and not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise DataError(
             "a test batch is a pair (inputs, labels), or (inputs, None) if they have none."
         )
-    x = torch.as_tensor(batch[0])
-    if not x.dtype.is_floating_point:
-        raise DataError(f"test inputs are {x.dtype}; the stages start from float32 values.")
-    if batch[1] is None:
-        return x.to(torch.float32), None
-    y = np.asarray(batch[1])
-    if y.shape != (len(x),) or y.dtype.kind not in "iu":
+    given, labels = split(batch, len(names))
+    x = tuple(map(torch.as_tensor, in_order(given, names, "network", DataError)))
+    for part in x:
+        if not part.dtype.is_floating_point:
+            raise DataError(f"test inputs are {part.dtype}; the stages start from float32 values.")
+    x = tuple(part.to(torch.float32) for part in x)
+    if labels is None:
+        return x, None
+    y = np.asarray(labels)
+    if y.shape != (len(x[0]),) or y.dtype.kind not in "iu":
         raise DataError(
-            f"labels must be integers, one per sample: {len(x)} samples came with labels of shape "
-            f"{list(y.shape)}, {y.dtype}."
+            f"labels must be integers, one per sample: {len(x[0])} samples came with labels of "
+            f"shape {list(y.shape)}, {y.dtype}."
         )
-    return x.to(torch.float32), y.astype(np.int64)
+    return x, y.astype(np.int64)
 
 
 def _result(

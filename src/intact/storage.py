@@ -4,8 +4,8 @@ The file holds the parameters under their names, and in one metadata entry, `int
 else as canonical JSON (sorted keys, no spaces, ASCII):
 
     digest   SHA-256 of the whole file, computed with these 64 hex digits set to 0
-    format   1
-    input, output, info      as in `Program`
+    format   2
+    inputs, outputs, info    as in `Program`
     ops      [{"op": "Conv2d", and the fields of that op}, …]
     tensors  {name: {"shape": […], "qparams": {the fields of QParams}}}
 
@@ -39,7 +39,7 @@ from intact.program import Array, Program, QTensor, field_error
 
 __all__ = ["FORMAT", "from_bytes", "load", "save", "to_bytes", "write_atomically"]
 
-FORMAT = 1
+FORMAT = 2
 MAX_FILE_BYTES = 2**32
 MAX_HEADER_BYTES = 2**24
 """10,000 ops take about 5 MB; a JSON parser needs some 30 times that while it reads them."""
@@ -58,7 +58,7 @@ _NO_DIGEST = "0" * hashlib.sha256().digest_size * 2
 _FOREIGN = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 """What the files of torch.save begin with: a zip archive, or once a pickle of some protocol."""
 _OPS = {cls.__name__: cls for cls in get_args(Op)}
-_FIELDS = {"digest", "format", "info", "input", "ops", "output", "tensors"}
+_FIELDS = {"digest", "format", "info", "inputs", "ops", "outputs", "tensors"}
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -74,9 +74,9 @@ def to_bytes(program: Program) -> bytes:
         "digest": _NO_DIGEST,
         "format": FORMAT,
         "info": dict(program.info),
-        "input": program.input,
+        "inputs": program.inputs,
         "ops": [{"op": type(op).__name__, **asdict(op)} for op in program.ops],
-        "output": program.output,
+        "outputs": program.outputs,
         "tensors": {
             name: {"shape": tensor.shape, "qparams": asdict(tensor.qparams)}
             for name, tensor in program.tensors.items()
@@ -291,11 +291,14 @@ def _parameters(data: bytes) -> dict[str, Array]:
 
 def _program(structure: Mapping[str, Any], parameters: Mapping[str, Array]) -> Program:
     info, tensors, ops = structure["info"], structure["tensors"], structure["ops"]
-    if not isinstance(info, dict) or not isinstance(tensors, dict) or not isinstance(ops, list):
-        raise StorageError("is malformed: info and tensors are objects, ops is a list.")
+    ends = (structure["inputs"], structure["outputs"])
+    if not isinstance(info, dict) or not isinstance(tensors, dict):
+        raise StorageError("is malformed: info and tensors are objects.")
+    if not all(isinstance(part, list) for part in (ops, *ends)):
+        raise StorageError("is malformed: inputs, ops and outputs are lists.")
     return Program(
-        input=structure["input"],
-        output=structure["output"],
+        inputs=tuple(ends[0]),
+        outputs=tuple(ends[1]),
         ops=tuple(_op(i, fields) for i, fields in enumerate(ops)),
         tensors={name: _tensor(name, fields) for name, fields in tensors.items()},
         parameters=parameters,

@@ -46,7 +46,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.fx import Node
 
@@ -55,6 +54,7 @@ from intact.capturing.building import Builder, Refusal, function_name
 from intact.capturing.exporting import export
 from intact.errors import CaptureError
 from intact.network import Network
+from intact.signature import Values
 
 __all__ = ["Refusal", "Survey", "capture", "survey"]
 
@@ -106,7 +106,7 @@ class Survey:
     refusals: tuple[Refusal, ...]
 
 
-def survey(module: nn.Module, example: torch.Tensor) -> Survey:
+def survey(module: nn.Module, example: Values) -> Survey:
     """As `capture`, but operations that are not covered are listed instead of raised.
 
     What cannot be exported at all raises `CaptureError` here too.
@@ -115,16 +115,20 @@ def survey(module: nn.Module, example: torch.Tensor) -> Survey:
     return Survey(*Builder(evaluated, exported, _hint).build())
 
 
-def capture(module: nn.Module, example: torch.Tensor) -> Network:
+def capture(module: nn.Module, example: Values) -> Network:
     """The module as a `Network`: what it computes in eval mode, with its present parameters.
 
-    module   takes one float32 batch and returns one tensor (it may stand alone in a tuple, list or
-             dictionary); both have the batch as first axis. It may be in training mode and on any
+    module   takes float32 batches and returns tensors, one or in tuples, lists and dictionaries,
+             nested or not; all have the batch as first axis. It may be in training mode and on any
              device; it is not changed, a copy is captured
-    example  float32 `[N, ...]` with N >= 1; only the shape of its first sample matters
+    example  float32 `[N, ...]` with N >= 1; only the shape of its first sample matters. For several
+             inputs a tuple or list of such tensors in the order of `forward`'s parameters, or a
+             mapping from the parameters' names
     returns  a network on the CPU whose parameters are detached copies. An op is named after the
              module that holds it (`layer1.0.conv2`), or after the function and the enclosing module
-             (`layer1.0.add`); repeated names get `_1`, `_2`. The input is `input`
+             (`layer1.0.add`); repeated names get `_1`, `_2`. One input is `input`; several have the
+             names of `forward`'s parameters. Outputs stand in the order in which the module returns
+             them, None left out; `Network.returned` says where
 
     Raises `CaptureError` that lists every operation the op set does not cover, each with its layer,
     the user's source line and what to do.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from intact.capturing.exporting import BATCH, is_users
 from intact.errors import CaptureError
@@ -39,6 +40,7 @@ from intact.ops import (
     weighted,
 )
 from intact.pointwise import Pointwise
+from intact.signature import listed
 
 __all__ = [
     "Builder",
@@ -125,7 +127,7 @@ class Builder:
         self.hint = hint
         self.paths = {path for path, _ in module.named_modules()}
         self.names: set[str] = set()
-        self.input = self.unique("input")
+        self.inputs = self._input_names()
         self.ops: dict[str, Op] = {}
         self.tensors: dict[str, TensorSpec] = {}
         self.parameters: dict[str, torch.Tensor] = {}
@@ -149,17 +151,18 @@ class Builder:
     def build(self) -> tuple[Network | None, tuple[Refusal, ...]]:
         """Convert the whole graph: a network, or every refusal."""
         graph = self.program.graph
-        result = self._output()
+        results = self._results()
         # A module that overwrites its input returns that as well; it is no output of the network.
-        graph.output_node().args = ((result,),)
+        graph.output_node().args = (tuple(results.values()),)
         graph.eliminate_dead_code()
         self._bind_placeholders()
         for node in graph.nodes:
             if node.op == "call_function":
                 self._convert(node)
-        if result in self.constants:
-            raise CaptureError("the output does not depend on the input.")
-        output = self.tensor(result) if result in self.bound else ""
+        for place, result in results.items():
+            if result in self.constants:
+                raise CaptureError(f"the output{_at(place)} does not depend on the input.")
+        made = {p: self.tensor(node) for p, node in results.items() if node in self.bound}
         for name, op in self.ops.items():
             self._check(name, op)
         if self.refused:
@@ -169,13 +172,16 @@ class Builder:
                 key = (refusal.function, refusal.layer, refusal.source)
                 found.setdefault(key, refusal)
             return None, tuple(found.values())
-        if result.meta["val"].dtype != torch.float32:
-            raise CaptureError(
-                f"{type(self.module).__name__} returns {result.meta['val'].dtype}; return float32."
-            )
+        for place, result in results.items():
+            if result.meta["val"].dtype != torch.float32:
+                raise CaptureError(
+                    f"{type(self.module).__name__} returns {result.meta['val'].dtype}{_at(place)}; "
+                    "return float32."
+                )
         if not self.ops:
             raise CaptureError("the module returns its input: there is nothing to capture.")
-        self._prune(output)
+        outputs = self._distinct(made.values())
+        self._prune(outputs)
         parameters = {k: v.detach().float().clone() for k, v in self.parameters.items()}
         for name, tensor in parameters.items():
             if not bool(torch.isfinite(tensor).all()):
@@ -184,19 +190,36 @@ class Builder:
                     "a negative running_var, or one so small that its inverse overflows."
                 )
         network = Network(
-            input=self.input,
-            output=output,
+            inputs=tuple(self.inputs.values()),
+            outputs=outputs,
             ops=tuple(self.ops.values()),
             tensors=self.tensors,
             parameters=parameters,
             sources=self.sources,
             functions=self.functions,
+            returned=dict(zip(outputs, made, strict=True)) if len(outputs) > 1 else {},
         )
         return network, ()
 
-    def _prune(self, output: str) -> None:
-        """Leave out what the output does not depend on: views that others have looked behind."""
-        needed = {output}
+    def _distinct(self, tensors: Iterable[str]) -> tuple[str, ...]:
+        """The outputs, each the result of an op and each another tensor.
+
+        A module may return its input, or one tensor twice. Each further time it is a `Reshape` to
+        the shape that it has, which no engine computes anything for.
+        """
+        outputs: list[str] = []
+        for tensor in tensors:
+            name = tensor
+            if tensor in outputs or tensor not in self.ops:
+                name = self.unique("output")
+                self.tensors[name] = TensorSpec(self.tensors[tensor].shape)
+                self.ops[name] = Reshape(name, (tensor,), self.tensors[tensor].shape)
+            outputs.append(name)
+        return tuple(outputs)
+
+    def _prune(self, outputs: Iterable[str]) -> None:
+        """Leave out what no output depends on: views that others have looked behind."""
+        needed = set(outputs)
         for name, op in reversed(self.ops.items()):
             if name in needed:
                 needed.update(op.inputs)
@@ -205,6 +228,12 @@ class Builder:
             self.functions.pop(name, None)
             for kind in ("weight", "bias"):
                 self.parameters.pop(f"{name}.{kind}", None)
+        if unused := [name for name in self.inputs.values() if name not in needed]:
+            raise CaptureError(
+                f"what {type(self.module).__name__} returns does not depend on its input "
+                f"{listed(unused)}. Leave it out of the example, or wrap the module in one that "
+                "does not take it."
+            )
 
     def _check(self, name: str, op: Op) -> None:
         """Refuse what was left for a reader to absorb, and no reader did."""
@@ -215,19 +244,44 @@ class Builder:
                 "it can take that over; else pad with a finite number."
             )
 
-    def _output(self) -> Node:
+    def _input_names(self) -> dict[str, str]:
+        """Placeholder of the graph -> name of the input: `input`, or those of the parameters.
+
+        Where there are several, callers give them by these names, so that a layer of the same name
+        gives way.
+        """
+        given = self.program.graph_signature.user_inputs
+        names = [name for name in given if isinstance(name, str)]
+        if len(names) == 1:
+            return {names[0]: self.unique("input")}
+        return {name: self.unique(name, owned=True) for name in names}
+
+    def _results(self) -> dict[str, Node]:
+        """The tensors that the module returns: place in its result, as `['boxes'][0]`, -> node.
+
+        In the order of `torch.utils._pytree`: through tuples, lists and dictionaries as they stand.
+        None is left out.
+        """
         out_spec = self.program.call_spec.out_spec
-        outputs = self.program.graph_signature.user_outputs
-        results = [a for a in self.program.graph.output_node().args[0] if isinstance(a, Node)]
-        named = [r for r in results if r.name == outputs[0]] if len(outputs) == 1 else []
-        if not named:
-            given = "" if out_spec is None or out_spec.is_leaf() else out_spec.type.__name__
-            raise CaptureError(
-                f"{type(self.module).__name__} must return one tensor"
-                + (f", not a {given} of {len(outputs)}" if given else "")
-                + ". Wrap it in a module that returns the one you need."
-            )
-        return named[0]
+        values = self.program.graph_signature.user_outputs
+        nodes = {a.name: a for a in self.program.graph.output_node().args[0] if isinstance(a, Node)}
+        places = [""] * len(values)
+        if out_spec is not None:
+            tree = tree_unflatten(range(out_spec.num_leaves), out_spec)
+            places = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
+        results: dict[str, Node] = {}
+        for place, value in zip(places, values, strict=True):
+            if value is None:
+                continue
+            if not isinstance(value, str) or value not in nodes:
+                raise CaptureError(
+                    f"{type(self.module).__name__} returns {value!r}{_at(place)}, which is no "
+                    "tensor. Wrap it in a module that returns tensors only."
+                )
+            results[place] = nodes[value]
+        if not results:
+            raise CaptureError(f"{type(self.module).__name__} returns no tensor.")
+        return results
 
     def _bind_placeholders(self) -> None:
         values = {**self.program.state_dict, **self.program.constants}
@@ -240,8 +294,9 @@ class Builder:
                 value = values.get(spec.target or "")
                 self.constants[node] = value.detach() if isinstance(value, torch.Tensor) else value
             elif isinstance(node.meta.get("val"), torch.Tensor):
-                self.tensors[self.input] = TensorSpec(tuple(node.meta["val"].shape[1:]))
-                self.bind(node, self.input)
+                name = self.inputs[node.name]
+                self.tensors[name] = TensorSpec(tuple(node.meta["val"].shape[1:]))
+                self.bind(node, name)
 
     def _convert(self, node: Node) -> None:
         sources = node.all_input_nodes
@@ -509,6 +564,11 @@ class Builder:
                 "x.view(x.size(0), ...)."
             )
         return shape[1:] or (1,)
+
+
+def _at(place: str) -> str:
+    """A place in a module's result for a message; nothing where the result is one tensor."""
+    return f" at {place}" if place else ""
 
 
 def _deterministic(node: Node) -> bool:

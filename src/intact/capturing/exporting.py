@@ -8,7 +8,7 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
@@ -18,34 +18,63 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from intact.errors import CaptureError
+from intact.signature import Values, in_order
 
-__all__ = ["BATCH", "export", "is_users"]
+__all__ = ["BATCH", "export", "is_users", "required_inputs"]
 
 BATCH = 11
 """Samples in the exported batch: a prime that hardly occurs as a size, so that an axis of this
 length is the batch. A single sample would not do, as `squeeze()` would remove its axis."""
 
 
-def export(module: nn.Module, example: torch.Tensor) -> tuple[nn.Module, ExportedProgram]:
+def export(module: nn.Module, example: Values) -> tuple[nn.Module, ExportedProgram]:
     """A copy of the module in eval mode, and its graph on a batch of `BATCH` samples.
 
-    example  float32 `[N, ...]`; only the shape of its first sample matters
+    example  float32 `[N, ...]`; only the shape of its first sample matters. For several inputs a
+             tuple or list of such tensors in the order of `forward`'s parameters, or a mapping from
+             their names
 
     Raises `CaptureError` for what is no module, no example, has parameters that cannot be, or
     cannot be exported.
     """
-    if not isinstance(module, nn.Module):
-        raise CaptureError(f"capture takes a torch.nn.Module, not {type(module).__name__}.")
-    batch = _batch(example)
-    _check_signature(module)
+    _check_module(module)
+    batches = tuple(_batch(part) for part in _positional(module, example))
+    _check_signature(module, len(batches))
     _check_parameters(module)
     evaluated = _eval_copy(module)
-    return evaluated, _export(evaluated, batch)
+    return evaluated, _export(evaluated, batches)
+
+
+def required_inputs(module: nn.Module) -> list[str]:
+    """The parameters of `forward` that must be given; `CaptureError` for what is no module."""
+    _check_module(module)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [
+        p.name
+        for p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise CaptureError(f"capture takes a torch.nn.Module, not {type(module).__name__}.")
+
+
+def _positional(module: nn.Module, example: Values) -> tuple[object, ...]:
+    """The examples of all inputs, in the order of `forward`'s parameters."""
+    if not isinstance(example, Mapping):
+        return tuple(example) if isinstance(example, tuple | list) else (example,)
+    names = list(inspect.signature(module.forward).parameters)[: len(example)]
+    return in_order(example, names, "module", CaptureError)
 
 
 def _batch(example: object) -> torch.Tensor:
     if not isinstance(example, torch.Tensor):
-        raise CaptureError(f"the example must be a tensor, not a {type(example).__name__}.")
+        raise CaptureError(
+            "the example must be a tensor, or a tuple of tensors for several inputs, not a "
+            f"{type(example).__name__}."
+        )
     if example.dtype != torch.float32:
         raise CaptureError(f"the example must be float32, not {example.dtype}.")
     if example.ndim < 2 or example.numel() == 0:
@@ -57,18 +86,15 @@ def _batch(example: object) -> torch.Tensor:
     return torch.zeros(BATCH, *example.shape[1:])
 
 
-def _check_signature(module: nn.Module) -> None:
-    parameters = inspect.signature(module.forward).parameters.values()
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if len(needed) > 1:
+def _check_signature(module: nn.Module, given: int) -> None:
+    try:
+        inspect.signature(module.forward).bind(*range(given))
+    except TypeError as error:
+        needed = required_inputs(module)
         raise CaptureError(
             f"{type(module).__name__}.forward takes {len(needed)} inputs ({', '.join(needed)}), "
-            "but a network has exactly one. Wrap the module in one that fixes the others."
-        )
+            f"but the example has {given}. Give a tuple of tensors, one for each."
+        ) from error
 
 
 def _check_parameters(module: nn.Module) -> None:
@@ -118,27 +144,29 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _export(module: nn.Module, batch: torch.Tensor) -> ExportedProgram:
+def _export(module: nn.Module, batches: tuple[torch.Tensor, ...]) -> ExportedProgram:
     """Export statically; resolve in-place writes, but leave every high-level operation whole."""
     try:
         with _quiet():
-            exported: ExportedProgram = torch.export.export(module, (batch,), strict=False)
+            exported: ExportedProgram = torch.export.export(module, batches, strict=False)
             lowered: ExportedProgram = exported.run_decompositions({})
     except Exception as error:
-        raise _export_error(module, batch, error) from error
+        raise _export_error(module, batches, error) from error
     return lowered
 
 
-def _export_error(module: nn.Module, batch: torch.Tensor, error: Exception) -> CaptureError:
+def _export_error(
+    module: nn.Module, batches: tuple[torch.Tensor, ...], error: Exception
+) -> CaptureError:
     name = type(module).__name__
     try:
         # Does it run at all? Its own error is one that users have seen before.
         with _quiet(), torch.no_grad():
-            module(batch)
+            module(*batches)
     except Exception as own:  # noqa: BLE001
         return CaptureError(
             f"{name} fails on a batch of {BATCH} samples of the example's shape, "
-            f"{list(batch.shape[1:])}:{_user_frame(own)}\n"
+            f"{', '.join(str(list(batch.shape[1:])) for batch in batches)}:{_user_frame(own)}\n"
             f"  {type(own).__name__}: {_first_line(own)}"
         )
     if "data-dependent" in str(error):

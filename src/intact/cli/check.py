@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intact.cli.networks import MODEL_HELP, InputShapeOption, WeightsOption, shape_of
+from intact.cli.networks import MODEL_HELP, WeightsOption, shape_of
 from intact.cli.options import JsonOption
 from intact.cli.showing import aligned, count, progress, terminal
 from intact.errors import ModelError, ModelWarning
@@ -26,7 +26,15 @@ if TYPE_CHECKING:
 def check(
     model: Annotated[str, typer.Argument(metavar="NETWORK", help=MODEL_HELP)],
     weights: WeightsOption = None,
-    input_shape: InputShapeOption = None,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input-shape",
+            metavar="C,H,W",
+            help="Shape of one sample, where the network does not say; for several inputs given "
+            "once for each.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a network can become an integer program, without quantizing anything.
@@ -34,25 +42,25 @@ def check(
     Lists every layer with its work, or everything that cannot be converted, with the source line
     and what to do; then exits with 1.
     """
-    shape = shape_of(input_shape)
+    shapes = [shape for text in input_shape or () if (shape := shape_of(text)) is not None]
     with progress("capturing"):
         import torch
 
         from intact.capturing import survey
-        from intact.loading import input_shape as known_shape
+        from intact.loading import input_shapes as known_shapes
         from intact.loading import load_model
 
         with warnings.catch_warnings():
             if weights is None:  # what can be converted depends on the code alone
                 warnings.simplefilter("ignore", ModelWarning)
             loaded = load_model(model, weights, trained=False)
-        taken = shape or known_shape(loaded)
-        if taken is None:
+        taken = shapes or known_shapes(loaded)
+        if not taken:
             raise ModelError(
                 f"{model} does not say what it takes. Give the shape of one sample, such as "
                 "--input-shape 3,224,224."
             )
-        found = survey(loaded, torch.zeros(1, *taken))
+        found = survey(loaded, tuple(torch.zeros(1, *shape) for shape in taken))
     if found.network is None:
         _show_refusals(model, found.refusals, as_json)
         raise typer.Exit(1)
@@ -62,7 +70,7 @@ def check(
         return
     console = terminal()
     console.print(model, style="bold")
-    console.print(f"{_shape(facts['input'])} in, {_shape(facts['output'])} out\n")
+    console.print(f"{_shapes(facts['inputs'])} in, {_shapes(facts['outputs'])} out\n")
     layers = facts["layers"]
     heading = ("layer", "op", "result", "MACs", "parameters")
     rows = [
@@ -131,8 +139,8 @@ def _facts(network: Network) -> dict[str, Any]:
             }
         )
     return {
-        "input": list(network.tensors[network.input].shape),
-        "output": list(network.tensors[network.output].shape),
+        "inputs": {name: list(network.tensors[name].shape) for name in network.inputs},
+        "outputs": {name: list(network.tensors[name].shape) for name in network.outputs},
         "macs": sum(layer["macs"] for layer in layers),
         "parameters": sum(layer["parameters"] for layer in layers),
         "layers": layers,
@@ -150,6 +158,13 @@ def clamp_words(low: float, high: float) -> str:
     if low == -math.inf:
         return f"at most {high:g}"
     return f"{low:g} to {high:g}"
+
+
+def _shapes(tensors: dict[str, list[int]]) -> str:
+    """The shape of the only tensor, or all names with their shapes."""
+    if len(tensors) == 1:
+        return _shape(*tensors.values())
+    return ", ".join(f"{name} {_shape(shape)}" for name, shape in tensors.items())
 
 
 def _shape(shape: list[int]) -> str:

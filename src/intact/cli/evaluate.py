@@ -55,7 +55,8 @@ def evaluate(
     """Measure the accuracy of a program on labelled samples.
 
     Images are prepared as the program says, which carries what `intact quantize` did; options about
-    images override that. Of data with a test part, that is what counts.
+    images override that. Of data with a test part, that is what counts. Of several outputs, the
+    first one holds the scores of the classes.
     """
     images = ImageOptions.parse(preset, resize, crop, mean, std)
     remarks: dict[str, None] = {}  # a set that keeps its order
@@ -82,7 +83,7 @@ def evaluate(
             chosen,
             lambda done: tell("evaluating", done, chosen.count or 0),
         )
-    outputs = math.prod(loaded.tensors[loaded.output].shape)
+    outputs = math.prod(loaded.tensors[loaded.outputs[0]].shape)
     if chosen.classes and (other := other_classes(chosen.classes, outputs, chosen.name)):
         remarks[f"warning: {other}"] = None
     if outputs > 1 and (p := guessing_p(found.correct, found.total, outputs)) >= SIGNIFICANCE:

@@ -47,9 +47,11 @@ def inspect(program: ProgramArgument, as_json: JsonOption = False) -> None:
             str(tensor.get("accumulator_bits") or ""),
             f"{tensor['macs']:,}" if tensor.get("macs") else "",
         )
-        for tensor in (facts["input"], *facts["ops"])
+        for tensor in (*facts["inputs"], *facts["ops"])
     ]
     console.print(aligned([heading, *rows]))
+    if len(facts["outputs"]) > 1:
+        console.print(f"\noutputs, in this order: {', '.join(facts['outputs'])}")
 
 
 def _facts(program: Program) -> dict[str, Any]:
@@ -91,8 +93,8 @@ def _facts(program: Program) -> dict[str, Any]:
         "accumulator_bits": max((op.get("accumulator_bits", 0) for op in ops), default=0),
         "info": dict(program.info),
         "images": None if carried is None else carried.words(),
-        "input": tensor(program.input),
-        "output": program.output,
+        "inputs": list(map(tensor, program.inputs)),
+        "outputs": list(program.outputs),
         "ops": ops,
     }
 

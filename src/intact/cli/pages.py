@@ -39,7 +39,7 @@ def redraw(folder: Path) -> Path | None:
 
 def show_report(report: Report, folder: Path) -> None:
     """Print a report that is in a folder: its table of stages, problems, and where to look."""
-    from intact.report import sentence
+    from intact.report import outputs_note, sentence
     from intact.staged import stage_table
 
     console = terminal()
@@ -47,6 +47,8 @@ def show_report(report: Report, folder: Path) -> None:
     console.print(f"\n{stage_table(report.stages)}\n")
     last = report.stages[-1]
     console.print(f"{last.name}: {sentence(last, report.stages[0])}.", soft_wrap=False)
+    if note := outputs_note(report):
+        console.print(note, soft_wrap=False)
     for finding in report.diagnosis:
         if finding.severity != "note":
             console.print(f"{finding.severity}: {finding.message}", soft_wrap=False)

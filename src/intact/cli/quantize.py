@@ -178,7 +178,7 @@ def quantize(
         return
     show_report(experiment.report, out)
     program = experiment.quantized.program
-    outputs = math.prod(program.tensors[program.output].shape)
+    outputs = math.prod(program.tensors[program.outputs[0]].shape)
     remarks = list(experiment.remarks)
     if test.classes is not None and (other := other_classes(test.classes, outputs, test.name)):
         remarks.append(other)

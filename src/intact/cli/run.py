@@ -43,7 +43,10 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", metavar="FILE", help="Write all outputs to FILE: .csv, .json or .npy."
+            "-o",
+            "--out",
+            metavar="FILE",
+            help="Write all outputs to FILE: .csv, .json, .npy or .npz.",
         ),
     ] = None,
     data_dir: BuiltInDirOption = None,
@@ -61,8 +64,9 @@ def run(
 ) -> None:
     """Run a program on images or arrays of your own, and show its predictions.
 
-    Prints per input the class with the largest output, and that output. Images are prepared as the
-    program says, which carries what `intact quantize` did; options about images override that.
+    Prints per input the class with the largest output, and that output; of several outputs, from
+    the first. Several go to .json or .npz files. Images are prepared as the program says, which
+    carries what `intact quantize` did; options about images override that.
     """
     images = ImageOptions.parse(preset, resize, crop, mean, std)
     remarks: dict[str, None] = {}  # a set that keeps its order

@@ -75,12 +75,12 @@ def from_toml(text: str) -> Preprocessing:
     )
 
 
-def info_of(preprocessing: Preprocessing | None, shape: Shape) -> Mapping[str, str]:
-    """What the `info` of a program says of its preprocessing: nothing where it has none.
+def info_of(preprocessing: Preprocessing, shape: Shape) -> Mapping[str, str]:
+    """What the `info` of a program says of its preprocessing.
 
     shape  of a sample of the program
     """
-    return {} if preprocessing is None else {KEY: to_toml(preprocessing, shape)}
+    return {KEY: to_toml(preprocessing, shape)}
 
 
 def carried_by(program: Program) -> Preprocessing | None:

@@ -15,25 +15,42 @@ import numpy as np
 import numpy.typing as npt
 
 from intact.errors import EngineUnavailableError, EngineWarning, ProgramError
+from intact.signature import Values, unwrapped
 
 if TYPE_CHECKING:
     from intact.program import Program
 
-__all__ = ["ENGINES", "MAX_THREADS", "CodesHook", "Engine", "check_threads", "load_engine"]
+__all__ = [
+    "ENGINES",
+    "MAX_THREADS",
+    "Arrays",
+    "CodesHook",
+    "Engine",
+    "check_threads",
+    "in_slices",
+    "load_engine",
+]
 
 ENGINES = ("auto", "native", "reference", "torch", "onnxruntime", "openvino")
 
 MAX_THREADS = 1024
 
+Arrays: TypeAlias = tuple[npt.NDArray[Any], ...]
+"""A batch `[N, ...]` of each input, or of each output."""
+
 CodesHook: TypeAlias = Callable[[str, npt.NDArray[Any]], None]
-"""Called as `hook(tensor name, codes [N, ...])` for the input and every op's result."""
+"""Called as `hook(tensor name, codes [N, ...])` for every input and every op's result."""
 
 
 class Engine(Protocol):
     """A program, ready to run."""
 
-    def __call__(self, codes: npt.NDArray[Any], hook: CodesHook | None = None) -> npt.NDArray[Any]:
-        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`."""
+    def __call__(self, codes: Values, hook: CodesHook | None = None) -> Values:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+
+        Of several inputs a tuple in their order, or a mapping from their names; of several outputs
+        a tuple in their order.
+        """
         ...
 
 
@@ -103,7 +120,22 @@ def _fastest(program: Program, threads: int | None) -> Engine:
     return load_engine(name, program, threads)
 
 
-def empty_batch(program: Program) -> npt.NDArray[Any]:
-    """The result of running no samples."""
-    spec = program.tensors[program.output]
-    return np.empty((0, *spec.shape), spec.qparams.dtype)
+def in_slices(
+    program: Program,
+    codes: Values,
+    size: int,
+    run: Callable[[Arrays], Arrays],
+) -> Values:
+    """Check a batch and run it slice by slice.
+
+    size     most samples of a slice
+    run      from the codes of all inputs to those of all outputs, in their order
+    returns  what an engine returns
+    """
+    arrays = program.check_codes(codes)
+    n = len(arrays[0])
+    if not n:
+        specs = [program.tensors[name] for name in program.outputs]
+        return unwrapped(np.empty((0, *spec.shape), spec.qparams.dtype) for spec in specs)
+    parts = [run(tuple(array[i : i + size] for array in arrays)) for i in range(0, n, size)]
+    return unwrapped(map(np.concatenate, zip(*parts, strict=True)))

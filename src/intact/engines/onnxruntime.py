@@ -7,13 +7,13 @@ from functools import cache
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import assert_never
 
-from intact.engines import CodesHook, empty_batch
+from intact.engines import Arrays, CodesHook, in_slices
 from intact.errors import EngineUnavailableError, ProgramError
 from intact.export.onnx import TRACED, Flavour, model, saturates, saturation_probe
 from intact.program import Program
+from intact.signature import Values
 
 __all__ = [
     "LEVELS",
@@ -33,8 +33,6 @@ SLICE = 1024
 """Samples at a time, at most."""
 SLICE_ELEMENTS = 2**25
 """Elements of the largest tensor of a slice, about: bounds memory."""
-
-Codes: TypeAlias = npt.NDArray[Any]
 
 
 class OnnxRuntimeEngine:
@@ -78,29 +76,26 @@ class OnnxRuntimeEngine:
         made = model(self.program, flavour=self.flavour, io="integer", trace=trace)
         return session(made.SerializeToString(), self.level, self._threads)
 
-    def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
-        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+    def __call__(self, codes: Values, hook: CodesHook | None = None) -> Values:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`; see `Engine`.
 
         hook  called per slice of the batch, with codes from a second model that gives out every
               tensor; ONNX Runtime may fuse less in it. The result is that of the model proper
         """
-        self.program.check_codes(codes)
-        if not len(codes):
-            return empty_batch(self.program)
-        starts = range(0, len(codes), self._slice)
-        return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
+        return in_slices(self.program, codes, self._slice, lambda part: self._run(part, hook))
 
-    def _run(self, codes: Codes, hook: CodesHook | None) -> Codes:
-        fed = {self.program.input: np.ascontiguousarray(codes)}
+    def _run(self, codes: Arrays, hook: CodesHook | None) -> Arrays:
+        names = self.program.inputs
+        fed = {n: np.ascontiguousarray(array) for n, array in zip(names, codes, strict=True)}
         if hook is not None:
             self._traced = self._traced or self._load(trace=True)
-            names = [op.name for op in self.program.ops]
-            hook(self.program.input, codes)
-            traced = self._traced.run([name + TRACED for name in names], fed)
-            for name, values in zip(names, traced, strict=True):
+            for name, array in zip(names, codes, strict=True):
+                hook(name, array)
+            made = [op.name for op in self.program.ops]
+            traced = self._traced.run([name + TRACED for name in made], fed)
+            for name, values in zip(made, traced, strict=True):
                 hook(name, values)
-        result: Codes = self._session.run([self.program.output], fed)[0]
-        return result
+        return tuple(self._session.run(list(self.program.outputs), fed))
 
 
 def _import() -> Any:

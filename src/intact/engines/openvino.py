@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from intact.engines import CodesHook, empty_batch
+from intact.engines import Arrays, CodesHook, in_slices
 from intact.errors import EngineUnavailableError
 from intact.export.onnx import Flavour, model, saturates, saturation_probe
 from intact.program import Program
+from intact.signature import Values
 
 __all__ = ["OpenVINOEngine", "infer_request", "kernels_saturate"]
 
@@ -20,8 +20,6 @@ SLICE = 1024
 """Samples at a time, at most."""
 SLICE_ELEMENTS = 2**25
 """Elements of the largest tensor of a slice, about: bounds memory."""
-
-Codes: TypeAlias = npt.NDArray[Any]
 
 
 class OpenVINOEngine:
@@ -63,30 +61,27 @@ class OpenVINOEngine:
         made = model(self.program, flavour=self.flavour, io="integer", trace=trace)
         return infer_request(made.SerializeToString(), self._threads)
 
-    def __call__(self, codes: Codes, hook: CodesHook | None = None) -> Codes:
-        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+    def __call__(self, codes: Values, hook: CodesHook | None = None) -> Values:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`; see `Engine`.
 
         hook  called per slice of the batch, with codes from a second model that gives out every
               tensor; OpenVINO may fuse less in it. The result is that of the model proper
         """
-        self.program.check_codes(codes)
-        if not len(codes):
-            return empty_batch(self.program)
-        starts = range(0, len(codes), self._slice)
-        return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
+        return in_slices(self.program, codes, self._slice, lambda part: self._run(part, hook))
 
-    def _run(self, codes: Codes, hook: CodesHook | None) -> Codes:
-        fed = np.ascontiguousarray(codes)
+    def _run(self, codes: Arrays, hook: CodesHook | None) -> Arrays:
+        fed = [np.ascontiguousarray(array) for array in codes]
+        # Inputs and outputs are found by their place: an output may lose its name to one it equals.
+        outputs = range(len(self.program.outputs))
         if hook is not None:
             self._traced = self._traced or self._load(trace=True)
-            hook(self.program.input, codes)
-            # Outputs are found by their place: an output may lose its name to one it equals.
-            self._traced.infer([fed])
-            for i, op in enumerate(self.program.ops, 1):
+            for name, array in zip(self.program.inputs, codes, strict=True):
+                hook(name, array)
+            self._traced.infer(fed)
+            for i, op in enumerate(self.program.ops, len(outputs)):
                 hook(op.name, self._traced.get_output_tensor(i).data.copy())
-        self._request.infer([fed])
-        result: Codes = self._request.get_output_tensor(0).data.copy()
-        return result
+        self._request.infer(fed)
+        return tuple(self._request.get_output_tensor(i).data.copy() for i in outputs)
 
 
 def _import() -> Any:

@@ -15,7 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from typing_extensions import assert_never
 
 from intact.arithmetic import code_range, quantize, requantize
-from intact.engines import CodesHook, empty_batch
+from intact.engines import Arrays, CodesHook, in_slices
 from intact.ops import (
     Add,
     AvgPool2d,
@@ -40,6 +40,7 @@ from intact.ops import (
     last_uses,
 )
 from intact.program import Program
+from intact.signature import Values
 
 __all__ = ["ReferenceEngine"]
 
@@ -54,32 +55,29 @@ class ReferenceEngine:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._freed = last_uses(program.ops, (program.output,))
+        self._freed = last_uses(program.ops, program.outputs)
         largest = max(math.prod(tensor.shape) for tensor in program.tensors.values())
         self._slice = max(1, SLICE_ELEMENTS // largest)
 
-    def __call__(self, codes: Array, hook: CodesHook | None = None) -> Array:
-        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+    def __call__(self, codes: Values, hook: CodesHook | None = None) -> Values:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`; see `Engine`.
 
         hook  called per slice of the batch
         """
-        self.program.check_codes(codes)
-        if not len(codes):
-            return empty_batch(self.program)
-        starts = range(0, len(codes), self._slice)
-        return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
+        return in_slices(self.program, codes, self._slice, lambda part: self._run(part, hook))
 
-    def _run(self, codes: Array, hook: CodesHook | None) -> Array:
-        values = {self.program.input: codes}
+    def _run(self, codes: Arrays, hook: CodesHook | None) -> Arrays:
+        values = dict(zip(self.program.inputs, codes, strict=True))
         if hook:
-            hook(self.program.input, codes)
+            for name in self.program.inputs:
+                hook(name, values[name])
         for op in self.program.ops:
             values[op.name] = run_op(self.program, op, [values[i] for i in op.inputs])
             if hook:
                 hook(op.name, values[op.name])
             for tensor in self._freed.get(op.name, ()):
                 del values[tensor]
-        return values[self.program.output]
+        return tuple(values[name] for name in self.program.outputs)
 
 
 def run_op(program: Program, op: Op, inputs: list[Array]) -> Array:

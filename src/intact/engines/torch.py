@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from typing_extensions import assert_never
 
 from intact.arithmetic import QParams, code_range, multiplier_value, quantize
-from intact.engines import CodesHook, empty_batch
+from intact.engines import Arrays, CodesHook, in_slices
 from intact.network import around, pad, strided, upsample
 from intact.ops import (
     Add,
@@ -47,6 +47,7 @@ from intact.ops import (
     weighted,
 )
 from intact.program import Program
+from intact.signature import Values
 
 __all__ = ["TorchEngine"]
 
@@ -65,7 +66,7 @@ class TorchEngine:
     def __init__(self, program: Program, device: torch.device | str = "cpu") -> None:
         self.program = program
         self.device = torch.device(device)
-        self._freed = last_uses(program.ops, (program.output,))
+        self._freed = last_uses(program.ops, program.outputs)
         self._parameters: dict[str, torch.Tensor] = {}
         for op in program.ops:
             if accumulates(op):
@@ -102,26 +103,24 @@ class TorchEngine:
         tensor = torch.from_numpy(multiplier.copy()).reshape(shape).to(self.device)
         self._parameters[f"{op.name}.multiplier"] = tensor
 
-    def __call__(self, codes: npt.NDArray[Any], hook: CodesHook | None = None) -> npt.NDArray[Any]:
-        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+    def __call__(self, codes: Values, hook: CodesHook | None = None) -> Values:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`; see `Engine`.
 
         hook  called per slice of at most `SLICE` samples
         """
-        self.program.check_codes(codes)
-        if not len(codes):
-            return empty_batch(self.program)
         with _exact_kernels(self.device):
-            starts = range(0, len(codes), self._slice)
-            return np.concatenate([self._run(codes[i : i + self._slice], hook) for i in starts])
+            return in_slices(self.program, codes, self._slice, lambda part: self._run(part, hook))
 
-    def _run(self, codes: npt.NDArray[Any], hook: CodesHook | None) -> npt.NDArray[Any]:
+    def _run(self, codes: Arrays, hook: CodesHook | None) -> Arrays:
         program = self.program
         grid = {name: tensor.qparams for name, tensor in program.tensors.items()}
-        x = torch.from_numpy(np.ascontiguousarray(codes)).to(self.device, torch.float32)
-        zero_point = grid[program.input].zero_point
-        values = {program.input: x - zero_point if zero_point else x}
-        if hook:
-            hook(program.input, codes)
+        values: dict[str, torch.Tensor] = {}
+        for name, array in zip(program.inputs, codes, strict=True):
+            x = torch.from_numpy(np.ascontiguousarray(array)).to(self.device, torch.float32)
+            zero_point = grid[name].zero_point
+            values[name] = x - zero_point if zero_point else x
+            if hook:
+                hook(name, array)
         for op in program.ops:
             result = self._run_op(op, [values[i] for i in op.inputs])
             if accumulates(op) and (hook is not None or op.name not in self._pooled):
@@ -133,7 +132,7 @@ class TorchEngine:
                 hook(op.name, _codes(result, grid[op.name]))
             for tensor in self._freed.get(op.name, ()):
                 del values[tensor]
-        return _codes(values[program.output], grid[program.output])
+        return tuple(_codes(values[name], grid[name]) for name in program.outputs)
 
     def _run_op(self, op: Op, inputs: list[torch.Tensor]) -> torch.Tensor:
         """One op on centred codes; ops that accumulate return their accumulators."""
@@ -226,7 +225,7 @@ def _pool_first(program: Program) -> frozenset[str]:
         for op in program.ops
         if accumulates(op)
         and not isinstance(op, Linear)
-        and op.name != program.output
+        and op.name not in program.outputs
         and len(readers.get(op.name, ())) == 1
         and isinstance(readers[op.name][0], MaxPool2d)
         and program.tensors[readers[op.name][0].name].qparams == program.tensors[op.name].qparams

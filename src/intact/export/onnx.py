@@ -207,8 +207,8 @@ def saturation_probe() -> tuple[Program, Array, Array]:
         parameters[f"{name}.multiplier"] = np.array([1], np.int32)
         parameters[f"{name}.weight_scale"] = np.array([2.0**-16], np.float32)
     program = Program(
-        "input",
-        "output",
+        ("input",),
+        ("output",),
         (
             Conv2d("conv", ("input",)),
             Reshape("convolved", ("conv",), (channels,)),
@@ -535,21 +535,23 @@ class _Graph:
         import onnx
 
         program, inner = self.program, self.inner
-        ends = (program.input, program.output)
+        ends = (*program.inputs, *program.outputs)
         # Not in the order of the mapping, which a file does not keep.
-        names = (program.input, *(op.name for op in program.ops))
+        names = (*program.inputs, *(op.name for op in program.ops))
         for name in names:
             other = inner.tensors[name] != program.tensors[name]
             apart = name in ends and (self.io == "float" or other)
             self.codes[name] = _take(f"{name}/codes", self.value_names) if apart else name
-        self.input()
+        for name in program.inputs:
+            self.input(name)
         for op in program.ops:
             first, self.current = len(self.nodes), op.name
             self.op(op)
             self.describe(op, self.nodes[first:])
         self.current = ""
-        self.output()
-        outputs = [self.info(program, program.output, program.output, self.io)]
+        for name in program.outputs:
+            self.output(name)
+        outputs = [self.info(program, name, name, self.io) for name in program.outputs]
         if self.trace:
             for op in program.ops:
                 traced = op.name + TRACED
@@ -558,7 +560,7 @@ class _Graph:
         graph = onnx.helper.make_graph(
             self.nodes,
             "intact",
-            [self.info(program, program.input, program.input, self.io)],
+            [self.info(program, name, name, self.io) for name in program.inputs],
             outputs,
             self.initializers,
             value_info=[
@@ -637,9 +639,8 @@ class _Graph:
             **{f"intact.{key}": json.dumps(value, sort_keys=True) for key, value in values.items()},
         }
 
-    def input(self) -> None:
+    def input(self, name: str) -> None:
         """From what goes in to codes."""
-        name = self.program.input
         grid, codes = self.inner.tensors[name].qparams, self.codes[name]
         if self.io == "integer":
             if codes != name:
@@ -656,9 +657,8 @@ class _Graph:
             scaled = self.node("Div", [name, divisor], f"{name}/scaled")
         self.round_to_codes(scaled, grid, name, codes)
 
-    def output(self) -> None:
+    def output(self, name: str) -> None:
         """From codes to what goes out."""
-        name = self.program.output
         grid, codes = self.inner.tensors[name].qparams, self.codes[name]
         if self.io == "integer":
             if codes != name:

@@ -17,6 +17,7 @@ from intact.calibrate import summed_over_processes
 from intact.network import Network
 from intact.ops import Linear, Op, last_uses, weighted
 from intact.program import Program
+from intact.signature import Values, wrapped
 
 __all__ = ["correct_biases", "samples_that_fit"]
 
@@ -31,8 +32,8 @@ CHUNK = 8
 def samples_that_fit(network: Network) -> int:
     """How many samples `correct_biases` should have: `SAMPLES`, or as many as `BUDGET` holds."""
     sizes = {name: 4 * math.prod(spec.shape) for name, spec in network.tensors.items()}
-    freed = last_uses(network.ops, (network.output,))
-    held = most = sizes[network.input]
+    freed = last_uses(network.ops, network.outputs)
+    held = most = sum(sizes[name] for name in network.inputs)
     for op in network.ops:
         held += sizes[op.name]
         most = max(most, held)
@@ -40,13 +41,13 @@ def samples_that_fit(network: Network) -> int:
     return min(SAMPLES, max(CHUNK, BUDGET // (2 * most)))
 
 
-def correct_biases(network: Network, program: Program, samples: torch.Tensor) -> Network:
+def correct_biases(network: Network, program: Program, samples: Values) -> Network:
     """The network with biases for which the program's layers are right on average.
 
     network  aligned, float
     program  what it was lowered to; only its weights and grids are read
-    samples  float32 [N, *input shape]. N may be 0 under `torch.distributed`, where the samples of
-             all processes count and all return the same
+    samples  float32 [N, *input shape]; of several inputs, a tuple in their order. N may be 0 under
+             `torch.distributed`, where the samples of all processes count and all return the same
     returns  `network` with other biases, and with new ones where there were none: lower it with the
              same grids. It is no reference to compare with, for its own results are off by what the
              quantized weights add
@@ -63,10 +64,12 @@ def correct_biases(network: Network, program: Program, samples: torch.Tensor) ->
     parameters = dict(network.parameters)
     weights = {f"{op.name}.weight": _real_weight(program, op) for op in network.ops if weighted(op)}
     quantized = network.with_parameters(weights)
-    chunks = [samples[i : i + CHUNK] for i in range(0, len(samples), CHUNK)]
-    real = {network.input: list(chunks)}
-    rounded = {network.input: [_rounded(program, network.input, chunk) for chunk in chunks]}
-    freed = last_uses(network.ops, (network.output,))
+    real, rounded = {}, {}
+    for name, given in zip(network.inputs, wrapped(samples, network.inputs), strict=True):
+        chunks = [given[i : i + CHUNK] for i in range(0, len(given), CHUNK)]
+        real[name] = chunks
+        rounded[name] = [_rounded(program, name, chunk) for chunk in chunks]
+    freed = last_uses(network.ops, network.outputs)
     with torch.inference_mode():
         for op in network.ops:
             wanted = [network.run_op(op, [real[i][k] for i in op.inputs]) for k in _all(chunks)]

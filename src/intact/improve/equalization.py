@@ -97,7 +97,7 @@ def _classes(network: Network) -> Iterator[list[str]]:
             tensor = parent[tensor]
         return tensor
 
-    fixed = {network.input, network.output}
+    fixed = {*network.inputs, *network.outputs}
     for op in network.ops:
         tensors = (*op.inputs, op.name)
         before, after = network.tensors[op.inputs[0]], network.tensors[op.name]

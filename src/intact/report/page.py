@@ -386,6 +386,7 @@ def _environment() -> Environment:
     )
     environment.globals.update(
         sentence=words.sentence,
+        outputs_note=words.outputs_note,
         stage_title=words.stage_title,
         explanation=words.explanation,
     )

@@ -15,7 +15,10 @@ __all__ = ["ProgramFacts", "Report"]
 
 @dataclass(frozen=True, slots=True)
 class ProgramFacts:
-    """The program that the report is about: hash of its file, sizes in bytes, work per sample."""
+    """The program that the report is about: hash of its file, sizes in bytes, work per sample.
+
+    outputs  their names, in the program's order: stages predict with the first
+    """
 
     sha256: str
     bytes: int
@@ -24,6 +27,7 @@ class ProgramFacts:
     ops: int
     macs: int
     accumulator_bits: int
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

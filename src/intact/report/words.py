@@ -10,6 +10,7 @@ from intact.staged import Result, StageResult, UnlabelledResult
 __all__ = [
     "explanation",
     "headline",
+    "outputs_note",
     "p_value",
     "sentence",
     "stage_title",
@@ -77,6 +78,18 @@ def sentence(stage: Result, float_stage: Result) -> str:
             "every prediction is the same" if same else "no image became right or wrong"
         )
     return f"{against}: {_flips(stage)}; {_judgement(stage)}"
+
+
+def outputs_note(report: Report) -> str:
+    """What the figures of stages are about where there are several outputs; else empty."""
+    outputs = report.program.outputs
+    if len(outputs) == 1:
+        return ""
+    names = f"{', '.join(outputs[:-1])} and {outputs[-1]}"
+    return (
+        f"Of the {len(outputs)} outputs, {names}, the first one is what predictions are made from, "
+        "and the SQNR is that of the output with the lowest."
+    )
 
 
 def headline(report: Report) -> Result:

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from functools import cache as cached
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,17 +20,32 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from intact.arithmetic import dequantize
-from intact.engines import MAX_THREADS, CodesHook, check_threads, empty_batch, load_engine
+from intact.engines import (
+    MAX_THREADS,
+    Arrays,
+    CodesHook,
+    Engine,
+    check_threads,
+    in_slices,
+    load_engine,
+)
 from intact.engines.native import build
 from intact.engines.native.build import NO_COMPILER, CompileError, Compiler, find_compiler
 from intact.engines.native.cache import Cache, key_of, open_cache, temporary_cache
 from intact.engines.native.cpu import ISAS
 from intact.engines.native.emit import emitters, generate
 from intact.engines.native.plan import TooLargeError
-from intact.engines.native.runtime import Loaded, Runtime, load_runtime, source_text
+from intact.engines.native.runtime import (
+    Loaded,
+    Runtime,
+    load_runtime,
+    pack,
+    source_text,
+    unpack,
+)
 from intact.errors import EngineUnavailableError, EngineWarning, ProgramError
-from intact.program import Program
+from intact.program import Program, QTensor
+from intact.signature import Values, unwrapped, wrapped
 
 __all__ = ["NativeEngine", "isas"]
 
@@ -81,50 +97,57 @@ class NativeEngine:
                 else:
                     return
 
-    def __call__(self, codes: Array, hook: CodesHook | None = None) -> Array:
-        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`.
+    def __call__(self, codes: Values, hook: CodesHook | None = None) -> Values:
+        """Input codes `[N, *input shape]` to output codes `[N, *output shape]`; see `Engine`.
 
-        hook  called per slice of the batch for the input, the output, and the tensors between
+        hook  called per slice of the batch for the inputs, the outputs, and the tensors between
               that the engine stores: all of them with `fuse=False`
         """
-        self.program.check_codes(codes)
-        if not len(codes):
-            return empty_batch(self.program)
-        codes = np.ascontiguousarray(codes)
         if hook is None:
-            return _taken(self._loaded.codes(codes))
-        spec = self.program.tensors
-        sizes = [math.prod(spec[name].shape) for name in self.traced]
-        step = max(1, TRACE_BYTES // max(1, sum(sizes)))
-        return np.concatenate(
-            [self._trace(codes[i : i + step], sizes, hook) for i in range(0, len(codes), step)]
-        )
+            # C checks a batch in less time than Python would pass it on; floats are no codes.
+            if isinstance(codes, np.ndarray) and codes.dtype == self._dtype:
+                quick = self.try_codes(codes)
+                if quick is not None:
+                    return quick
+            return in_slices(self.program, codes, sys.maxsize, self._codes)
+        traced = sum(math.prod(self.program.tensors[name].shape) for name in self.traced)
+        step = max(1, TRACE_BYTES // max(1, traced))
+        return in_slices(self.program, codes, step, lambda part: self._trace(part, hook))
 
-    def run(self, x: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    def run(self, x: npt.ArrayLike) -> Values:
         """Float32 `[N, *input shape]`, or input codes, to float32 `[N, *output shape]`.
 
-        What `Program.run` computes, in one call of C.
+        What `Program.run` computes, in one call of C where there are one input and one output.
         """
         result = self.try_run(x)
         if result is None:
-            array = np.asarray(x)
-            spec = self.program.tensors[self.program.input].qparams
-            codes = array if array.dtype == spec.dtype else self.program.quantize_input(array)
-            result = dequantize(self(codes), self.program.tensors[self.program.output].qparams)
+            result = self.program.dequantize_output(self(self.program.input_codes(x)))
         return result
 
-    def _trace(self, codes: Array, sizes: list[int], hook: CodesHook) -> Array:
-        output, traced = _taken(self._loaded.trace(codes))
-        hook(self.program.input, codes)
-        ends = np.cumsum(sizes)
-        for name, size, end in zip(self.traced, sizes, ends, strict=True):
-            tensor = self.program.tensors[name]
-            values = np.ascontiguousarray(traced[:, end - size : end]).view(tensor.qparams.dtype)
-            if name != self.program.input:
-                hook(name, values.reshape(len(codes), *tensor.shape))
-        if self.program.output not in self.traced:
-            hook(self.program.output, output)
-        return output
+    def _try_unpacked(self, x: object) -> Values | None:
+        """The quick way to the codes of several outputs, of one input."""
+        packed = self._loaded.codes(x)
+        return None if packed is None else unpack(packed, self._outputs)
+
+    def _codes(self, codes: Arrays) -> Arrays:
+        return unpack(_taken(self._loaded.codes(pack(codes))), self._outputs)
+
+    def _trace(self, codes: Arrays, hook: CodesHook) -> Arrays:
+        packed, traced = _taken(self._loaded.trace(pack(codes)))
+        outputs = unpack(packed, self._outputs)
+        for name, array in zip(self.program.inputs, codes, strict=True):
+            hook(name, array)
+        specs = [self.program.tensors[name] for name in self.traced]
+        ends = np.cumsum([math.prod(spec.shape) for spec in specs])
+        parts = np.split(traced, ends[:-1], axis=1)
+        for name, spec, part in zip(self.traced, specs, parts, strict=True):
+            if name not in self.program.inputs:
+                values = np.ascontiguousarray(part).view(spec.qparams.dtype)
+                hook(name, values.reshape(len(traced), *spec.shape))
+        for name, array in zip(self.program.outputs, outputs, strict=True):
+            if name not in self.traced:
+                hook(name, array)
+        return outputs
 
     def _load(self, tools: _Tools, isa: str, fuse: bool) -> None:
         """Take the checked build from the cache, or make it."""
@@ -177,7 +200,19 @@ class NativeEngine:
         self.traced = traced
         self.artefact_bytes = path.stat().st_size
         self.arena_bytes = self._loaded.arena_bytes
-        self.try_codes, self.try_run = self._loaded.codes, self._loaded.run
+        self._dtype = self.program.tensors[self.program.inputs[0]].qparams.dtype
+        self._outputs = [self.program.tensors[name] for name in self.program.outputs]
+        self.try_codes: Callable[[object], Values | None] = self._loaded.codes
+        self.try_run: Callable[[object], Values | None] = self._loaded.run
+        if len(self.program.outputs) > 1:
+            self.try_codes, self.try_run = self._try_unpacked, _never
+        if len(self.program.inputs) > 1:
+            self.try_codes = self.try_run = _never
+
+
+def _never(x: object) -> None:
+    """The quick way for a batch that must be packed or dequantized here."""
+    del x
 
 
 class _Tools:
@@ -272,25 +307,34 @@ def _seal(engine: NativeEngine, block: int) -> None:
     more than one block.
     """
     program = engine.program
-    spec = program.tensors[program.input]
     work = sum(map(program.macs, program.ops))
     n = max(1, min(SEAL_SAMPLES, SEAL_MACS // max(1, work)))
     rng = np.random.default_rng(0)
-    low, high = spec.qparams.qmin, spec.qparams.qmax
-    codes = rng.integers(low, high + 1, (n, *spec.shape))
-    codes[1::2] = rng.choice([low, high], codes[1::2].shape)
-    codes = codes.astype(spec.qparams.dtype)
-    expected = load_engine("reference", program)(codes)
+    codes = [_trial_codes(program.tensors[name], n, rng) for name in program.inputs]
+
+    def run(engine: Engine, samples: npt.NDArray[np.int64]) -> Array:
+        result = engine(unwrapped(array[samples] for array in codes))
+        return pack(wrapped(result, program.outputs))
+
+    expected = run(load_engine("reference", program), np.arange(n))
     several = np.arange(block + 1) % n
-    alone = np.concatenate([engine(codes[i : i + 1]) for i in range(n)])
+    alone = np.concatenate([run(engine, one) for one in np.arange(n)[:, None]])
     wrong = np.count_nonzero(alone != expected)
-    wrong += np.count_nonzero(engine(codes[several]) != expected[several])
+    wrong += np.count_nonzero(run(engine, several) != expected[several])
     if wrong:
         raise EngineUnavailableError(
             f"the build for {engine.isa} is not exact: {wrong:,} of "
             f"{expected.size + several.size * expected[0].size:,} codes differ from the reference "
             "engine's. It is not used; please report it, with the program."
         )
+
+
+def _trial_codes(spec: QTensor, n: int, rng: np.random.Generator) -> Array:
+    """Samples of an input: random codes, and in every other one the ends of the range alone."""
+    low, high = spec.qparams.qmin, spec.qparams.qmax
+    codes = rng.integers(low, high + 1, (n, *spec.shape))
+    codes[1::2] = rng.choice([low, high], codes[1::2].shape)
+    return np.asarray(codes.astype(spec.qparams.dtype))
 
 
 def _taken(result: T | None) -> T:

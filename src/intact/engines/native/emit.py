@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from intact.engines.native.plan import (
     Lookup,
     MatMul,
     Maximum,
+    Output,
     Place,
     Plan,
     Product,
@@ -304,11 +305,13 @@ class _File:
         plan, program = self.plan, self.plan.program
         head = [self._layer(i, step) for i, step in enumerate(plan.head)]
         tail = [self._layer(len(plan.head) + i, step) for i, step in enumerate(plan.tail)]
-        load, store = self._load(), self._store()
-        self.functions += [load, store, self._init(), self._run(head, tail)]
+        loads = [self._load(*each) for each in zip(self._names("load"), plan.inputs, strict=True)]
+        stores = [
+            self._store(*each) for each in zip(self._names("store"), plan.outputs, strict=True)
+        ]
+        self.functions += [*loads, *stores, self._init(), self._run(head, tail)]
         self.functions.append(self._trace(head, tail))
-        input_bytes = math.prod(program.tensors[program.input].shape)
-        output_bytes = math.prod(program.tensors[program.output].shape)
+        input_bytes, output_bytes = sum(self._sizes("load")), sum(self._sizes("store"))
         traced = sum(p.channels * p.height * p.width for p in plan.traced)
         work = sum(map(program.macs, program.ops))
         title = (
@@ -330,17 +333,39 @@ class _File:
     # -- the frame ---------------------------------------------------------------------------------
 
     def _stored(self) -> list[Place]:
-        """Every tensor that has bytes of its own, the input first."""
+        """Every tensor that has bytes of its own, the inputs first."""
         steps = (*self.plan.head, *self.plan.tail)
-        return [self.plan.input, *(step.target for step in steps)]
+        return [*self.plan.inputs, *(step.target for step in steps)]
 
-    def _load(self) -> str:
-        place = self.plan.input
+    # The bytes of a sample are those of all its inputs (outputs), one behind the other in order.
+
+    def _sizes(self, kind: Literal["load", "store"]) -> list[int]:
+        """Bytes of each input, to load, or of each output, to store."""
+        program = self.plan.program
+        names = program.inputs if kind == "load" else program.outputs
+        return [math.prod(program.tensors[name].shape) for name in names]
+
+    def _names(self, kind: Literal["load", "store"]) -> list[str]:
+        """The functions that load (store) each input (output)."""
+        count = len(self._sizes(kind))
+        return [kind] if count == 1 else [f"{kind}{i}" for i in range(count)]
+
+    def _calls(self, kind: Literal["load", "store"], array: str, sample: str) -> list[str]:
+        """The calls that load all inputs of a sample from `array`, or store its outputs there."""
+        sizes = self._sizes(kind)
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        move = f" + (size_t){sample} * {sum(sizes)}" if sample != "0" else ""
+        return [
+            f"{name}({array}{move}{f' + {start}' if start else ''}, arena, {sample});"
+            for name, start in zip(self._names(kind), starts, strict=True)
+        ]
+
+    def _load(self, name: str, place: Place) -> str:
         body = self.emitter.load(place) or self._portable_load(place)
         border = fill_border(place, "x") if place.fill_each else ""
         return function(
             f"input {clean(place.tensor)}: {shape_text(place)}",
-            "load(const uint8_t *input, uint8_t *arena, uint32_t s)",
+            f"{name}(const uint8_t *input, uint8_t *arena, uint32_t s)",
             ["(void)s;", pointer("x", place, const=False), border, body],
             layer=True,
         )
@@ -366,17 +391,21 @@ class _File:
             f"{x} % {place.phases} * {place.phase} + {x} / {place.phases} * {place.pixel} - {first}"
         )
 
-    def _store(self) -> str:
-        place, offsets = self.plan.output, self.plan.output_offsets
+    def _store(self, name: str, output: Output) -> str:
+        table = name.replace("store", "order_of_output")
+        copy = self._copy_out(output.place, output.offsets, "output", table)
         return function(
-            f"output {clean(self.plan.program.output)}",
-            "store(uint8_t *output, const uint8_t *arena, uint32_t s)",
-            ["(void)s;", pointer("x", place, const=True), self._copy_out(place, offsets, "output")],
+            f"output {clean(output.tensor)}",
+            f"{name}(uint8_t *output, const uint8_t *arena, uint32_t s)",
+            ["(void)s;", pointer("x", output.place, const=True), copy],
             layer=True,
         )
 
-    def _copy_out(self, place: Place, offsets: Array, target: str) -> str:
-        """Statements that write a tensor's elements in row-major order."""
+    def _copy_out(self, place: Place, offsets: Array, target: str, table: str) -> str:
+        """Statements that write a tensor's elements in row-major order.
+
+        table  name of the table that they may need
+        """
         flip = " ^ 128" if place.signed else ""
         if np.array_equal(offsets, np.arange(len(offsets))):
             return loop("i", len(offsets), f"{target}[i] = (uint8_t)(x[i]{flip});")
@@ -387,7 +416,7 @@ class _File:
             return loop("c", place.channels, inner)
         if loops := strided(offsets):
             return nested(loops, f"*{target}++ = (uint8_t)(x[{{0}}]{flip});")
-        table = self.tables.add(f"order_of_{target}", offsets.astype(np.int32))
+        table = self.tables.add(table, offsets.astype(np.int32))
         return loop("i", len(offsets), f"{target}[i] = (uint8_t)(x[{table}[i]]{flip});")
 
     def _init(self) -> str:
@@ -404,16 +433,17 @@ class _File:
     def _run(self, head: Sequence[str], tail: Sequence[str]) -> str:
         per_sample = "\n".join(
             (
-                f"load(input + (size_t)s * {self._input_bytes()}, arena, s);",
+                *self._calls("load", "input", "s"),
                 *(f"{name}(arena, s);" for name in head),
             )
         )
+        stores = "\n".join(self._calls("store", "output", "s"))
         lines = [
             "uint8_t *const arena = memory;",
             self.emitter.thread_start(),
-            for_samples(per_sample if tail else per_sample + "\n" + self._store_call()),
+            for_samples(per_sample if tail else per_sample + "\n" + stores),
             *(f"{name}(arena, n);" for name in tail),
-            for_samples(self._store_call()) if tail else "",
+            for_samples(stores) if tail else "",
             self.emitter.thread_end(),
         ]
         return function(
@@ -422,17 +452,11 @@ class _File:
             lines,
         )
 
-    def _input_bytes(self) -> int:
-        return math.prod(self.plan.program.tensors[self.plan.program.input].shape)
-
-    def _store_call(self) -> str:
-        size = math.prod(self.plan.program.tensors[self.plan.program.output].shape)
-        return f"store(output + (size_t)s * {size}, arena, s);"
-
     def _trace(self, head: Sequence[str], tail: Sequence[str]) -> str:
         lines = ["uint8_t *const arena = memory;", self.emitter.thread_start()]
         places = {place.tensor: place for place in self.plan.traced}
-        calls = [(self.plan.input.tensor, "load(input, arena, 0);")]
+        inputs = (place.tensor for place in self.plan.inputs)
+        calls = list(zip(inputs, self._calls("load", "input", "0"), strict=True))
         for step, name in zip(self.plan.head, head, strict=True):
             calls.append((step.name, f"{name}(arena, 0);"))
         for row, name in zip(self.plan.tail, tail, strict=True):
@@ -446,12 +470,12 @@ class _File:
             if len(self.plan.program.tensors[place.tensor].shape) != 3:
                 offsets = np.transpose(offsets, (1, 2, 0))
             count = offsets.size
-            copy = self._copy_out(place, offsets.reshape(-1), "to")
+            copy = self._copy_out(place, offsets.reshape(-1), "to", "order_of_to")
             lines.append(
                 f"{call}\n{{\n    const uint8_t *x = arena + {place.offset};\n"
                 f"    uint8_t *to = traced;\n{indent(copy)}\n    traced += {count};\n}}"
             )
-        lines += ["store(output, arena, 0);", self.emitter.thread_end()]
+        lines += [*self._calls("store", "output", "0"), self.emitter.thread_end()]
         return function(
             "one sample, by the same kernels; `traced` gets every stored tensor",
             "trace(const uint8_t *input, uint8_t *output, uint8_t *traced, void *memory)",

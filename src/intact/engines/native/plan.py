@@ -60,6 +60,7 @@ __all__ = [
     "Lookup",
     "MatMul",
     "Maximum",
+    "Output",
     "Place",
     "Plan",
     "Product",
@@ -365,24 +366,36 @@ Step: TypeAlias = MatMul | Average | Maximum | Elementwise | Product | Lookup | 
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """Where a result lies.
+
+    tensor   its name in the program
+    offsets  byte offset of every element from `place.offset`, in row-major order
+    """
+
+    tensor: str
+    place: Place
+    offsets: Array
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a generated module does for up to `block` samples.
 
     head   steps that run sample by sample
     tail   linear layers that run on all samples of the block at once
-    input  where the input's codes are stored
-    output where the result lies, with the byte offset of every element from `output.offset`
-    traced tensors that are stored, in the order of their steps, the input first unless parts of it
-           that no kernel reads are overwritten
+    inputs where the codes of every input are stored
+    outputs where each result lies
+    traced tensors that are stored, in the order of their steps, the inputs first but for one of
+           which parts that no kernel reads are overwritten
     arena  bytes of working memory
     """
 
     program: Program
     head: tuple[Step, ...]
     tail: tuple[MatMul, ...]
-    input: Place
-    output: Place
-    output_offsets: Array
+    inputs: tuple[Place, ...]
+    outputs: tuple[Output, ...]
     traced: tuple[Place, ...]
     block: int
     arena: int
@@ -443,7 +456,7 @@ class _Planner:
     def plan(self) -> Plan:
         drafts = self._draft()
         tail = self._tail(drafts)
-        names = (self.program.input, *(draft.name for draft in drafts))
+        names = (*self.program.inputs, *(draft.name for draft in drafts))
         for draft in drafts:
             self.makers[draft.name] = draft
             for root in {self._root(tensor) for tensor in draft.reads}:
@@ -456,7 +469,6 @@ class _Planner:
         steps = [self._step(draft, places) for draft in drafts]
         count = len(steps) - len(tail)
         rows = [step for step in steps[count:] if isinstance(step, MatMul)]
-        output, offsets = self._resolve(self.program.output, places)
         traced = tuple(
             places[name]
             for name in names
@@ -466,9 +478,8 @@ class _Planner:
             self.program,
             tuple(steps[:count]),
             tuple(rows),
-            places[self.program.input],
-            output,
-            offsets,
+            tuple(places[name] for name in self.program.inputs),
+            tuple(Output(name, *self._resolve(name, places)) for name in self.program.outputs),
             traced,
             block,
             arena,
@@ -476,7 +487,7 @@ class _Planner:
 
     def _only_reader(self, name: str) -> Op | None:
         readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and name != self.program.output else None
+        return readers[0] if len(readers) == 1 and name not in self.program.outputs else None
 
     def _draft(self) -> list[_Draft]:
         """One draft per step, in order; fills `views`."""
@@ -690,7 +701,7 @@ class _Planner:
         if not tail:
             return frozenset()
         held = {self._root(i) for draft in tail for i in draft.reads}
-        held |= {draft.name for draft in tail} | {self._root(self.program.output)}
+        held |= {draft.name for draft in tail} | set(map(self._root, self.program.outputs))
         return frozenset(held)
 
     # -- where tensors lie -------------------------------------------------------------------------
@@ -719,7 +730,7 @@ class _Planner:
         if (
             only_convolutions
             and len(readers) == 1
-            and name == self.program.input
+            and name in self.program.inputs
             and readers[0].addend is None  # it may be this tensor itself
             and self._across_pixels(convolutions[0], readers[0].pool)
         ):
@@ -820,9 +831,11 @@ class _Planner:
     ) -> tuple[dict[str, Place], int]:
         """Give every tensor its bytes: those that do not live at the same time may share."""
         last = {name: len(drafts) for name in held}
-        born = {self.program.input: -1}
-        last.setdefault(self.program.input, -1)
-        last[self._root(self.program.output)] = len(drafts)
+        born = dict.fromkeys(self.program.inputs, -1)
+        for name in self.program.inputs:
+            last.setdefault(name, -1)
+        for name in self.program.outputs:
+            last[self._root(name)] = len(drafts)
         for i, draft in enumerate(drafts):
             born[draft.name] = i
             last.setdefault(draft.name, i)

@@ -7,9 +7,11 @@ import ctypes
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
+import math
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +22,9 @@ from intact.arithmetic import is_power_of_two
 from intact.engines.native.build import NO_COMPILER, CompileError, Compiler, library, library_key
 from intact.engines.native.cache import Cache, key_of
 from intact.errors import EngineUnavailableError
-from intact.program import Program
+from intact.program import PIXELS, Program, QTensor
 
-__all__ = ["Loaded", "Runtime", "load_runtime", "source_text"]
+__all__ = ["Loaded", "Runtime", "load_runtime", "pack", "source_text", "unpack"]
 
 Array = npt.NDArray[Any]
 MODULE = "intact_runtime"
@@ -35,6 +37,9 @@ class Loaded(Protocol):
     All three take a contiguous batch of at least one sample, float32 or input codes in their own
     dtype, and answer None for anything else, and for a batch that holds a NaN or a code outside of
     the input's range: then somebody else must find the right words.
+
+    Several inputs are one here, packed, whose codes are the bytes of theirs; several outputs
+    likewise. Then floats mean nothing, and nobody has checked the ranges.
     """
 
     @property
@@ -123,9 +128,44 @@ def _library(cache: Cache, compiler: Compiler | None, flags: list[str]) -> Path:
     return path
 
 
+# -- several inputs or outputs --------------------------------------------------------------------
+
+
+def pack(arrays: Sequence[Array]) -> Array:
+    """The codes of all inputs as the one that the runtime knows of.
+
+    One array is itself. Of several, uint8 `[N, bytes of a sample]`: a sample's bytes of the first,
+    then of the second, ...
+    """
+    if len(arrays) == 1:
+        return np.ascontiguousarray(arrays[0])
+    flat = [np.ascontiguousarray(array).reshape(len(array), -1) for array in arrays]
+    return np.concatenate([array.view(np.uint8) for array in flat], axis=1)
+
+
+def unpack(packed: Array, specs: Sequence[QTensor]) -> tuple[Array, ...]:
+    """What `pack` has packed: an array for each tensor; of one, the array itself."""
+    if len(specs) == 1:
+        return (packed,)
+    ends = itertools.accumulate(math.prod(spec.shape) for spec in specs)
+    parts = np.split(packed, list(ends)[:-1], axis=1)
+    return tuple(
+        np.ascontiguousarray(part).view(spec.qparams.dtype).reshape(len(packed), *spec.shape)
+        for part, spec in zip(parts, specs, strict=True)
+    )
+
+
+def _ends(program: Program) -> Iterator[QTensor]:
+    """What the runtime takes for the input and the output of a program."""
+    for names in (program.inputs, program.outputs):
+        specs = [program.tensors[name] for name in names]
+        size = sum(math.prod(spec.shape) for spec in specs)
+        yield specs[0] if len(specs) == 1 else QTensor((size,), PIXELS)
+
+
 def _grids(program: Program) -> tuple[Any, ...]:
     """The numbers that `intact_load` wants of the grids of input and output."""
-    given, wanted = (program.tensors[name].qparams for name in (program.input, program.output))
+    given, wanted = (spec.qparams for spec in _ends(program))
     scale = given.scale[0]
     # 1 / 2**k is exact, and multiplying by it rounds the same value as dividing by 2**k does.
     factor = 1 / scale if is_power_of_two(scale) else 0.0
@@ -151,7 +191,7 @@ class _Extension:
         atexit.register(self.stop)
 
     def load(self, path: Path, program: Program, threads: int) -> Loaded:
-        given, wanted = (program.tensors[name] for name in (program.input, program.output))
+        given, wanted = _ends(program)
         return self._engine(
             str(path),
             threads,
@@ -235,7 +275,7 @@ class _CtypesLoaded:
     """A compiled program through ctypes."""
 
     def __init__(self, library: ctypes.CDLL, engine: int, program: Program) -> None:
-        given, wanted = (program.tensors[name] for name in (program.input, program.output))
+        given, wanted = _ends(program)
         self._run, self._free, self._engine = library.intact_run, library.intact_free, engine
         module = library.intact_module_of(engine).contents
         self.arena_bytes = int(module.arena_bytes)
