@@ -38,7 +38,7 @@ class Soft(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.GroupNorm(2, 4)
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
 
     def forward(self, x):
         return self.norm(self.conv(x))
@@ -344,7 +344,9 @@ def test_check_as_json_has_the_source_lines(here):
     ]  # fmt: skip
     assert facts["macs"] == sum(layer["macs"] for layer in facts["layers"])
     shape = ("--input-shape", "3,8,8")
-    (here / "lines.py").write_text(NET.replace("GroupNorm(2, 4)", "ReLU()"))
+    (here / "lines.py").write_text(
+        NET.replace("BatchNorm2d(4, track_running_stats=False)", "ReLU()")
+    )
     layers = json.loads(intact_("check", "lines.py:Soft", *shape, "--json").out)["layers"]
     assert [layer["source"] for layer in layers] == ["lines.py:15: return self.norm(self.conv(x))"]
     assert layers[0]["clamp"] == "ReLU"
@@ -359,19 +361,19 @@ def test_check_refuses_with_status_1_what_cannot_be_converted(here):
         "own_net.py:Soft",
         "1 operation has no place in an integer program:",
         "",
-        "1. group_norm in norm",
+        "1. batch_norm in norm",
         f"   {line}",
     ]
-    assert "Use batch norm" in " ".join(ran.out.split())
+    assert "track_running_stats=True" in " ".join(ran.out.split())
     assert max(map(len, ran.out.splitlines())) <= 80
     ran = intact_(*arguments, "--json")
     assert (ran.code, ran.err) == (1, "")
     facts = json.loads(ran.out)
     assert (facts["model"], facts["ok"]) == ("own_net.py:Soft", False)
     (refusal,) = facts["refusals"]
-    assert (refusal["function"], refusal["layer"]) == ("group_norm", "norm")
+    assert (refusal["function"], refusal["layer"]) == ("batch_norm", "norm")
     assert refusal["source"] == line
-    assert "Use batch norm" in refusal["reason"]
+    assert "track_running_stats=True" in refusal["reason"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from intact.network import Network, TensorSpec
 from intact.ops import (
     Add,
     Clamp,
+    Concat,
     MaxPool2d,
     Op,
     Pad,
@@ -363,20 +364,27 @@ class Builder:
     ) -> tuple[str, Padding]:
         """What stands before a `Pad` that the reader of its result can do itself, and the padding.
 
-        value  what the reader pads with: 0, or -inf for a maximum, which never takes it. A maximum
-               of what is nowhere negative does not take a 0 either
+        value  what the reader pads with: 0, or -inf for a maximum, which never takes it. A constant
+               that nothing in the tensor is below changes no maximum either
         most   the reader's padding must be smaller than this; None: any
         """
         op = self.ops.get(x)
         if not isinstance(op, Pad) or x in self.shared or any(op.padding[:2]):
             return x, padding
-        ignored = op.value == 0 and value == -math.inf and self.tensors[op.inputs[0]].low >= 0
+        ignored = value == -math.inf and op.value <= self.least(op.inputs[0])
         if op.value != value and not ignored:
             return x, padding
         top, bottom, left, right = (p + q for p, q in zip(padding, op.padding[2:], strict=True))
         if most is not None and (max(top, bottom) >= most[0] or max(left, right) >= most[1]):
             return x, padding
         return self.drop(x), (top, bottom, left, right)
+
+    def least(self, tensor: str) -> float:
+        """A bound that no value of a tensor is below; -inf where none is known."""
+        op, low = self.ops.get(tensor), self.tensors[tensor].low
+        if isinstance(op, MaxPool2d | Reshape | Permute | Slice | Upsample | Concat):
+            return max(low, min(self.least(source) for source in op.inputs))
+        return low
 
     def layer(self, tensor: str) -> tuple[str, int] | None:
         """The convolution or linear layer whose result a tensor is, if something may be folded

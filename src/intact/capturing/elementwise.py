@@ -18,7 +18,7 @@ from intact.capturing.building import (
     function_name,
 )
 from intact.capturing.layers import affine, fold
-from intact.ops import Add, Multiply, Shape, Subtract, Upsample
+from intact.ops import Add, Multiply, Shape, Subtract, Table, Upsample
 from intact.pointwise import Pointwise, X
 
 __all__: list[str] = []
@@ -263,8 +263,13 @@ def _mul(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     if composed := _same_root(b, node, squares=True):
         return composed
     _check_ranks(left, right)
+    return _product(b, node, left, b.tensor(right))
+
+
+def _product(b: Builder, node: Node, left: Node, right: str) -> str:
+    """`left * right`, where one of them is repeated along axes of length 1."""
     shape = b.shape(node)
-    first, second = (_repeated(b, b.tensor(n)) for n in (left, right))
+    first, second = (_repeated(b, tensor) for tensor in (b.tensor(left), right))
     if b.tensors[first].shape != shape:
         first, second = second, first
     first = _broadcast(b, node, first, shape)
@@ -280,13 +285,19 @@ def _div(b: Builder, node: Node, a: dict[str, Any]) -> Value:
         if not bool(constant.all()):
             raise UnsupportedError("It divides by 0.")
         return _scaled(b, node, a["self"], 1 / constant, None)
-    root = _common_root(b, node)
-    if root is None:
-        raise UnsupportedError(
-            "It divides one tensor by another. Only a function of one tensor can be a divisor: "
-            "multiply by the reciprocal, y.reciprocal() * x."
-        )
-    return _composed(b, node, root)
+    if composed := _same_root(b, node, squares=True):
+        return composed
+    _check_ranks(a["self"], a["other"])
+    return _product(b, node, a["self"], _reciprocal(b, node, a["other"]))
+
+
+def _reciprocal(b: Builder, node: Node, divisor: Node) -> str:
+    """1 / divisor as a table, which takes in the function that the divisor may be."""
+    bound = b.bound[divisor]
+    inner = bound.function if isinstance(bound, Function) else X
+    op = Table(b.unique(f"{b.base(node)}.reciprocal"), (_root(bound),))
+    b.functions[op.name] = Pointwise(_aten.reciprocal.default, (inner,), label="reciprocal")
+    return b.emit(node, op, b.tensors[_root(bound)].shape)
 
 
 def _same_root(b: Builder, node: Node, *, squares: bool = False) -> Function | None:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from intact.capturing.building import Builder, UnsupportedError, converts
 from intact.ops import Conv2d, Linear, Padding, Pair, Shape, Slice
 
-__all__ = ["affine", "as_image", "pair"]
+__all__ = ["affine", "as_image", "normalize", "pair"]
 
 _aten = torch.ops.aten
 
@@ -177,7 +177,8 @@ def _linear(b: Builder, node: Node, a: dict[str, Any]) -> str:
 
 
 @converts(_aten._native_batch_norm_legit_no_training.default)
-def _batch_norm(b: Builder, node: Node, a: dict[str, Any]) -> str:
+def normalize(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    """A norm by constant statistics: factors and offsets by channel."""
     x = b.tensor(a["input"])
     mean, variance = b.constant(a["running_mean"]), b.constant(a["running_var"])
     # y = (x - mean) * factor + beta, all in float64; rounded once, when the network is built.

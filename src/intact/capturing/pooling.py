@@ -201,6 +201,22 @@ def _avg_pool(b: Builder, node: Node, a: dict[str, Any]) -> str:
     return _on_image(b, node, x, pool)
 
 
+@converts(_aten.avg_pool3d.default)
+def _avg_pool_3d(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    """Over the first of three axes alone: so local response norm averages over channels."""
+    x = b.tensor(a["self"])
+    shape, size = b.shape(node), a["kernel_size"]
+    plain = not any(a["padding"]) and not a["ceil_mode"] and a["divisor_override"] is None
+    if len(shape) != 4 or size[1:] != [1, 1] or (a["stride"] or size)[1:] != [1, 1] or not plain:
+        raise UnsupportedError("Take out the depth: pools are over one or two axes.")
+    channels, depth, *rest = b.tensors[x].shape
+    x = b.reshape(node, f"{b.base(node)}.image", x, (channels, depth, math.prod(rest)))
+    kernel, stride = (size[0], 1), ((a["stride"] or size)[0], 1)
+    op = AvgPool2d(b.name(node), (x,), kernel, stride)
+    pooled = b.emit(node, op, (channels, shape[1], math.prod(rest)))
+    return b.reshape(node, f"{b.base(node)}.reshape", pooled, shape)
+
+
 @converts(
     _aten.adaptive_avg_pool2d.default,
     _aten._adaptive_avg_pool2d.default,
