@@ -329,7 +329,8 @@ def test_check_lists_every_layer_and_what_to_run_next(here):
     assert lines[9][:2] == ["4", "layers,"]
     assert f"{macs_ + 2560:,} MACs per sample, {parameters + 2570:,} parameters" in ran.out
     assert ran.out.splitlines()[-1] == (
-        "next: intact quantize --model own_net.py:make --weights w.pt --data SOURCE"
+        "next: intact quantize --model own_net.py:make --weights w.pt --input-shape 3,32,32 "
+        "--data digits"
     )
 
 
@@ -350,6 +351,15 @@ def test_check_as_json_has_the_source_lines(here):
     layers = json.loads(intact_("check", "lines.py:Soft", *shape, "--json").out)["layers"]
     assert [layer["source"] for layer in layers] == ["lines.py:15: return self.norm(self.conv(x))"]
     assert layers[0]["clamp"] == "ReLU"
+
+
+def test_check_ends_with_a_command_that_says_all_that_was_given(here):
+    (here / "plain.py").write_text("from torch import nn\nnet = nn.Linear(8, 2)\n")
+    ran = intact_("check", "plain.py:net", "--input-shape", "3,8,8")
+    assert ran.out.splitlines()[-2:] == [
+        "next: intact quantize --model plain.py:net --input-shape 3,8,8 --data SOURCE",
+        "SOURCE is a folder of images, or a .npy or .npz file",
+    ]
 
 
 def test_check_refuses_with_status_1_what_cannot_be_converted(here):

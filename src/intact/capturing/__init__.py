@@ -75,11 +75,16 @@ SUPPORTED = (
     "chunk, slices; flatten, reshape, permute, shuffles; constant padding, resizing; dropout"
 )
 
-_PRODUCT = "Use nn.Linear or nn.Conv2d, whose weights are constants."
+_PRODUCT = (
+    "It multiplies matrices that both depend on the input. Use nn.Linear or nn.Conv2d, whose "
+    "weights are constants, and train again."
+)
 _FAMILIES = {
     "addmm bmm einsum matmul mm": _PRODUCT,
-    "gru lstm rnn": "Unroll it into linear layers, or take a convolutional network.",
-    "conv3d max_pool3d avg_pool3d": "Take out the depth: convolutions are over one or two axes.",
+    "gru lstm rnn": "Write its steps out: linear layers, sigmoid, tanh and products of tensors "
+    "are there, and compute the same.",
+    "conv3d max_pool3d": "It works over three axes. Fold the depth into the channels, use two "
+    "axes, and train again.",
     "grid_sample affine_grid": "Resize to a fixed size with nn.functional.interpolate, "
     "and train again.",
 }
@@ -87,16 +92,23 @@ _HINTS: Mapping[str, str] = {
     **{name: hint for names, hint in _FAMILIES.items() for name in names.split()},
     "argmax": "Leave it out, and take the argmax of the network's output.",
     "batch_norm": "It normalises by the statistics of the batch at hand, so a result would depend "
-    "on what else is in the batch. Train with track_running_stats=True.",
+    "on what else is in the batch. Use track_running_stats=True, and train again.",
     "clamp": "Give its bounds as numbers.",
     "mean": "It reduces the batch, too. Name the axes, without the first one: x.mean((2, 3)).",
     "repeat": "Write torch.cat([x, x], 1), or expand an axis of length 1.",
     "max": "Of a tensor alone, use amax(dim); of several, torch.stack and then amax.",
     "dropout": "It drops in eval mode too; pass training=self.training.",
-    "scaled_dot_product_attention": "Attention multiplies tensors that both depend on the input. "
+    "scaled_dot_product_attention": "Attention multiplies matrices that both depend on the input. "
     "Take a convolutional network.",
-    "softmax": "There is no integer op for it. Where it is the last operation, leave it out.",
+    "softmax": "There is no integer op for it. As the last operation leave it out; elsewhere use "
+    "torch.sigmoid, and train again.",
 }
+
+
+_OTHERWISE = (
+    "The op set has no such operation. Build it from those that docs/guide.md lists, or compute it "
+    "outside of the network."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,4 +166,4 @@ def _hint(node: Node) -> str:
     name = function_name(node)
     if name in ("softmax", "log_softmax") and all(u.op == "output" for u in node.users):
         return "Leave it out: argmax does not need it."
-    return _HINTS.get(name, "The op set has no such operation.")
+    return _HINTS.get(name, _OTHERWISE)

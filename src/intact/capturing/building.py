@@ -279,7 +279,10 @@ class Builder:
         if node in self.parts:
             return self.parts[node][index]
         if index != 0:
-            raise UnsupportedError("Only a pool's values can be used, not its indices.")
+            raise UnsupportedError(
+                "Only a pool's values can be used, not its indices. To undo a pool, resize with "
+                "nn.functional.interpolate, and train again."
+            )
         return self.bound[node]
 
     def _stand_in(self, node: Node) -> None:
@@ -401,7 +404,10 @@ class Builder:
     def constant(self, value: Node) -> torch.Tensor:
         """A tensor that does not depend on the input."""
         if value not in self.constants:
-            raise UnsupportedError("Its weights depend on the input; they must be constants.")
+            raise UnsupportedError(
+                "Its weights depend on the input; they must be constants. Use a layer with weights "
+                "of its own, and train again."
+            )
         tensor: torch.Tensor = self.constants[value]
         return tensor
 

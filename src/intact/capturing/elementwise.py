@@ -56,7 +56,7 @@ def _composed(b: Builder, node: Node, root: str) -> Function:
             if not by_channel:
                 raise UnsupportedError(
                     "A constant in it differs by position, not only by channel. Use constants of "
-                    "shape [C, 1, 1]."
+                    "shape [C, 1, 1], and train again."
                 )
             return value
         bound = b.bound[operand]
@@ -145,7 +145,8 @@ def _pointwise(b: Builder, node: Node, _: dict[str, Any]) -> Function:
     if root is None:
         raise UnsupportedError(
             "It combines two tensors. Functions are of one tensor; of two there are sums, "
-            "differences and products."
+            "differences, products and quotients. torch.maximum(x, y) is y + torch.relu(x - y), "
+            "and torch.minimum(x, y) is x - torch.relu(x - y)."
         )
     return _composed(b, node, root)
 
@@ -208,7 +209,8 @@ def _scaled(
     axes = set().union(*(_axes(c, rank) for c in constants))
     if 0 in axes or len(axes) > 1:
         raise UnsupportedError(
-            "Its constant differs by position, not only by channel. Use one of shape [C, 1, 1]."
+            "Its constant differs by position, not only by channel. Use one of shape [C, 1, 1], "
+            "and train again."
         )
     axis = axes.pop() - 1 if axes else None
     size = 1 if axis is None else b.tensors[_root(bound)].shape[axis]
@@ -283,7 +285,7 @@ def _div(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     constant = _constant(b, a["other"])
     if constant is not None:
         if not bool(constant.all()):
-            raise UnsupportedError("It divides by 0.")
+            raise UnsupportedError("It divides by a constant that holds 0. Correct the constant.")
         return _scaled(b, node, a["self"], 1 / constant, None)
     if composed := _same_root(b, node, squares=True):
         return composed

@@ -168,7 +168,10 @@ def _transposed(
 def _linear(b: Builder, node: Node, a: dict[str, Any]) -> str:
     x, weight = b.tensor(a["input"]), b.constant(a["weight"])
     if weight.ndim != 2:
-        raise UnsupportedError(f"Its weight has {weight.ndim} dimension, not 2: [outputs, inputs].")
+        raise UnsupportedError(
+            f"Its weight has {weight.ndim} dimension, not 2: [outputs, inputs]. Give it as "
+            "weight[None], and take [:, 0] of the result."
+        )
     op = Linear(b.name(node), (x,))
     return b.emit(node, op, b.shape(node), weight, b.optional(a["bias"]))
 

@@ -59,7 +59,9 @@ def _reshape(b: Builder, node: Node, a: dict[str, Any]) -> str:
 def _permute_axes(b: Builder, node: Node, x: str, order: Sequence[int]) -> str:
     axes = [d % len(order) for d in order]
     if axes[0] != 0:
-        raise UnsupportedError("It moves the batch, which must stay the first axis.")
+        raise UnsupportedError(
+            "It moves the batch, which must stay the first axis. Move others: x.permute(0, ...)."
+        )
     return b.permute(node, b.base(node), x, [d - 1 for d in axes[1:]])
 
 
@@ -121,7 +123,9 @@ def _channel_shuffle(b: Builder, node: Node, a: dict[str, Any]) -> str:
 )
 def _nothing(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     if node.meta["val"].dtype != torch.float32:
-        raise UnsupportedError(f"It converts to {node.meta['val'].dtype}; float32 is needed.")
+        raise UnsupportedError(
+            f"It converts to {node.meta['val'].dtype}; float32 is needed. Leave the conversion out."
+        )
     bound = b.bound[a["self"]]
     if isinstance(bound, Function) and a["self"].meta["val"].dtype == torch.bool:
         ends = (torch.tensor(1.0), torch.tensor(0.0))
@@ -178,7 +182,7 @@ def _slice(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     size = b.tensors[x].shape[axis]
     start, stop, _ = slice(a["start"], a["end"]).indices(size)
     if start >= stop:
-        raise UnsupportedError("It takes nothing: the slice is empty.")
+        raise UnsupportedError("It takes nothing: the slice is empty. Leave it out.")
     return _cut(b, node, x, axis, start, stop, a["step"])
 
 
@@ -235,15 +239,18 @@ def _split(b: Builder, node: Node, a: dict[str, Any]) -> Parts:
 def _pad(b: Builder, node: Node, a: dict[str, Any]) -> str:
     if a.get("mode", "constant") != "constant":
         raise UnsupportedError(
-            f"It pads with mode {a['mode']!r}. Only constants can be padded: mode='constant'."
+            f"It pads with mode {a['mode']!r}. Only constants can be padded: take "
+            "mode='constant', and train again."
         )
     x, shape = b.tensor(a["self"]), b.shape(node)
     widths, value = list(a["pad"]), float(a["value"] or 0)
     widths += [0] * (2 * len(shape) - len(widths))
     if len(widths) > 2 * len(shape):
-        raise UnsupportedError("It pads the batch, which must stay as it is.")
+        raise UnsupportedError(
+            "It pads the batch, which must stay as it is. Give widths for the other axes alone."
+        )
     if math.isnan(value):
-        raise UnsupportedError("It pads with NaN, which no code stands for.")
+        raise UnsupportedError("It pads with NaN, which no code stands for. Pad with a number.")
     if len(shape) > MOST_AXES:
         raise UnsupportedError(
             f"It pads samples of {len(shape)} axes, more than {MOST_AXES}. Pad under another view."
@@ -342,4 +349,10 @@ def _expand(b: Builder, node: Node, a: dict[str, Any]) -> str:
     x, shape = b.tensor(a["self"]), b.shape(node)
     if len(shape) != len(b.tensors[x].shape):
         raise UnsupportedError("It expands to more axes. Add them first: x[:, :, None, None].")
-    return _repeat(b, node, x, shape, "It repeats an axis that is longer than 1.")
+    return _repeat(
+        b,
+        node,
+        x,
+        shape,
+        "It repeats an axis that is longer than 1. Write torch.cat([x, x], axis).",
+    )
