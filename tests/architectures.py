@@ -87,6 +87,7 @@ def alexnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 16, 11, 4, 2),
         nn.ReLU(inplace=True),
+        nn.LocalResponseNorm(5),
         nn.MaxPool2d(3, 2),
         nn.Conv2d(16, 24, 5, padding=2),
         nn.ReLU(inplace=True),
@@ -250,13 +251,16 @@ def mobilenet(act, gate, kernel) -> nn.Module:
     return nn.Sequential(conv(3, 12, 3, 2, act=act), *body, Head(32))
 
 
-class ConvNeXtBlock(nn.Module):
-    """As in ConvNeXt, but with batch norm in place of layer norm, and the layers' scale."""
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    def __init__(self, channels) -> None:
+
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, channels, norm=nn.LayerNorm) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.norm, self.act = nn.BatchNorm2d(channels), nn.GELU()
+        self.norm, self.act = norm(channels, eps=1e-6), nn.GELU()
         self.pwconv1, self.pwconv2 = (
             nn.Linear(channels, 4 * channels),
             nn.Linear(4 * channels, channels),
@@ -264,13 +268,42 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((channels,), 0.5))
 
     def forward(self, x):
-        y = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = self.gamma * self.pwconv2(self.act(self.pwconv1(y)))
         return x + y.permute(0, 3, 1, 2)
 
 
 def convnext() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 16, 4, 4), ConvNeXtBlock(16), ConvNeXtBlock(16), Head(16))
+    stem = [nn.Conv2d(3, 16, 4, 4), LayerNorm2d(16, eps=1e-6), ConvNeXtBlock(16)]
+    down = [LayerNorm2d(16, eps=1e-6), nn.Conv2d(16, 32, 2, 2), ConvNeXtBlock(32, nn.RMSNorm)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(32), nn.Linear(32, 10)]
+    return nn.Sequential(*stem, *down, *head)
+
+
+class PoolFormerBlock(nn.Module):
+    def __init__(self, channels) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, channels), nn.GroupNorm(1, channels)
+        self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 1), nn.GELU(), nn.Conv2d(2 * channels, channels, 1)
+        )
+        self.scale = nn.Parameter(torch.full((channels, 1, 1), 0.5))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.scale * (self.pool(y) - y)
+        return x + self.scale * self.mlp(self.norm2(x))
+
+
+def poolformer() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 7, 8, 3), PoolFormerBlock(16), Head(16))
+
+
+def group_norm_resnet() -> nn.Module:
+    stem = [nn.Conv2d(3, 16, 7, 4, 3, bias=False), nn.GroupNorm(4, 16), nn.ReLU()]
+    body = [nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.GroupNorm(4, 16), nn.SiLU()]
+    return nn.Sequential(*stem, *body, nn.InstanceNorm2d(16), Head(16))
 
 
 # -- several inputs and outputs ------------------------------------------------------------------
@@ -390,4 +423,6 @@ ARCHITECTURES = {
     "MNASNet": lambda: mobilenet(nn.ReLU, None, 5),
     "EfficientNet": lambda: mobilenet(nn.SiLU, nn.Sigmoid, 3),
     "ConvNeXt": convnext,
+    "PoolFormer": poolformer,
+    "GN-ResNet": group_norm_resnet,
 }

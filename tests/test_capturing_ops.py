@@ -373,6 +373,43 @@ def test_a_line_is_upsampled_too():
     check(Call(lambda x: F.interpolate(x, scale_factor=3)), LINE)
 
 
+RESIZED = {
+    "linear": (LINE, {"scale_factor": 2, "mode": "linear"}),
+    "by 2": (IMAGE, {"scale_factor": 2, "mode": "bilinear"}),
+    "by 4 and 3": (IMAGE, {"scale_factor": (4, 3), "mode": "bilinear"}),
+    "corners": (IMAGE, {"scale_factor": 2, "mode": "bilinear", "align_corners": True}),
+    "to a size": (IMAGE, {"size": (13, 8), "mode": "bilinear"}),
+    "to a smaller one": (IMAGE, {"size": (5, 3), "mode": "bilinear"}),
+    "smoothed": (IMAGE, {"size": (5, 3), "mode": "bilinear", "antialias": True}),
+    "a factor that is no whole one": (IMAGE, {"scale_factor": 1.7, "mode": "bilinear"}),
+    "bicubic": (IMAGE, {"scale_factor": 2, "mode": "bicubic"}),
+    "nearest": (IMAGE, {"size": (12, 7)}),
+    "nearest, fewer": (IMAGE, {"size": (4, 4)}),
+    "nearest, by a factor": (IMAGE, {"scale_factor": 1.3}),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_resizing_is_what_torch_computes_at_the_edges_too(name):
+    shape, options = RESIZED[name]
+    network = check(Call(lambda x: F.interpolate(x, **options)), shape, least_db=31.0)
+    assert set(kinds(network)) <= {"Linear", "Permute"}
+
+
+def test_bilinear_weights_are_those_of_the_textbook():
+    network = capture(
+        Call(lambda x: F.interpolate(x, scale_factor=2, mode="linear")), torch.zeros(1, 1, 3)
+    )
+    assert network.parameters["interpolate.weight"].tolist() == [
+        [1, 0, 0],
+        [0.75, 0.25, 0],
+        [0.25, 0.75, 0],
+        [0, 0.75, 0.25],
+        [0, 0.25, 0.75],
+        [0, 0, 1],
+    ]
+
+
 def test_padding_is_left_to_the_convolution_or_pool_that_reads_it():
     module = Call(lambda s, x: s.conv(F.pad(x, (0, 1, 2, 0))), conv=nn.Conv2d(3, 4, 3, padding=1))
     network = check(module, IMAGE)
@@ -380,6 +417,11 @@ def test_padding_is_left_to_the_convolution_or_pool_that_reads_it():
 
     pool = Call(lambda s, x: F.max_pool2d(F.pad(F.relu(s.conv(x)), (0, 1, 0, 1)), 3, 2), conv=CONV)
     assert kinds(check(pool, IMAGE)) == ["Conv2d", "MaxPool2d"]
+    low = Call(
+        lambda s, x: F.max_pool2d(F.pad(F.relu(s.conv(x))[:, 1:], (1, 0, 1, 0), value=-1e4), 3, 2),
+        conv=CONV,
+    )
+    assert kinds(check(low, IMAGE)) == ["Conv2d", "Slice", "MaxPool2d"]
     infinite = Call(lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, 2))
     network = check(infinite, IMAGE)
     assert network.ops[0] == MaxPool2d("max_pool2d", ("input",), (3, 3), (2, 2), (0, 1, 0, 1))
@@ -402,6 +444,11 @@ def test_padding_that_a_maximum_could_take_stays():
     """Of negative values the largest would be the 0 that was padded."""
     module = Call(lambda s, x: F.max_pool2d(F.pad(s.conv(x), (0, 1, 0, 1)), 3, 2), conv=CONV)
     assert kinds(check(module, IMAGE)) == ["Conv2d", "Pad", "MaxPool2d"]
+
+    def above(s, x):
+        return F.max_pool2d(F.pad(F.relu(s.conv(x)), (0, 1, 0, 1), value=0.1), 3, 2)
+
+    assert kinds(check(Call(above, conv=CONV), IMAGE)) == ["Conv2d", "Pad", "MaxPool2d"]
 
 
 def test_padding_that_two_operations_read_stays():

@@ -40,7 +40,7 @@ class Soft(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.GroupNorm(2, 4)
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
 
     def forward(self, x):
         return self.norm(self.conv(x))
@@ -440,7 +440,8 @@ def test_check_lists_every_layer_and_what_to_run_next(here):
     assert lines[9][:2] == ["4", "layers,"]
     assert f"{macs_ + 2560:,} MACs per sample, {parameters + 2570:,} parameters" in ran.out
     assert ran.out.splitlines()[-1] == (
-        "next: intact quantize --model own_net.py:make --weights w.pt --data SOURCE"
+        "next: intact quantize --model own_net.py:make --weights w.pt --input-shape 3,32,32 "
+        "--data digits"
     )
 
 
@@ -455,10 +456,21 @@ def test_check_as_json_has_the_source_lines(here):
     ]  # fmt: skip
     assert facts["macs"] == sum(layer["macs"] for layer in facts["layers"])
     shape = ("--input-shape", "3,8,8")
-    (here / "lines.py").write_text(NET.replace("GroupNorm(2, 4)", "ReLU()"))
+    (here / "lines.py").write_text(
+        NET.replace("BatchNorm2d(4, track_running_stats=False)", "ReLU()")
+    )
     layers = json.loads(intact_("check", "lines.py:Soft", *shape, "--json").out)["layers"]
     assert [layer["source"] for layer in layers] == ["lines.py:15: return self.norm(self.conv(x))"]
     assert layers[0]["clamp"] == "ReLU"
+
+
+def test_check_ends_with_a_command_that_says_all_that_was_given(here):
+    (here / "plain.py").write_text("from torch import nn\nnet = nn.Linear(8, 2)\n")
+    ran = intact_("check", "plain.py:net", "--input-shape", "3,8,8")
+    assert ran.out.splitlines()[-2:] == [
+        "next: intact quantize --model plain.py:net --input-shape 3,8,8 --data SOURCE",
+        "SOURCE is a folder of images, or a .npy or .npz file",
+    ]
 
 
 def test_check_refuses_with_status_1_what_cannot_be_converted(here):
@@ -470,19 +482,19 @@ def test_check_refuses_with_status_1_what_cannot_be_converted(here):
         "own_net.py:Soft",
         "1 operation has no place in an integer program:",
         "",
-        "1. group_norm in norm",
+        "1. batch_norm in norm",
         f"   {line}",
     ]
-    assert "Use batch norm" in " ".join(ran.out.split())
+    assert "track_running_stats=True" in " ".join(ran.out.split())
     assert max(map(len, ran.out.splitlines())) <= 80
     ran = intact_(*arguments, "--json")
     assert (ran.code, ran.err) == (1, "")
     facts = json.loads(ran.out)
     assert (facts["model"], facts["ok"]) == ("own_net.py:Soft", False)
     (refusal,) = facts["refusals"]
-    assert (refusal["function"], refusal["layer"]) == ("group_norm", "norm")
+    assert (refusal["function"], refusal["layer"]) == ("batch_norm", "norm")
     assert refusal["source"] == line
-    assert "Use batch norm" in refusal["reason"]
+    assert "track_running_stats=True" in refusal["reason"]
 
 
 @pytest.mark.parametrize(

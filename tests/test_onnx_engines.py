@@ -416,3 +416,32 @@ def test_real_normalised_images_meet_no_tie_and_no_engine_differs():
         for engine in engines:
             assert np.array_equal(engine(codes), expected)
         assert np.array_equal(run_openvino(floats, values), program.run(values, "torch"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_an_interruption_is_one_when_engines_of_openvino_have_come_and_gone(tmp_path):
+    """In the order in which OpenVINO left a stack for signals behind that was gone."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    example(0).save(tmp_path / "program.safetensors")
+    code = """
+import signal
+import intact
+from intact.engines import load_engine
+program = intact.load("program.safetensors")
+first, second = (load_engine("openvino", program) for _ in range(2))
+del first
+del second
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran.stderr

@@ -162,7 +162,10 @@ MODELS = {
     "class": (lambda: nn.ReLU, "capture takes a torch.nn.Module, not type"),
     "state dict": (lambda: net().state_dict(), "a torch.nn.Module, not OrderedDict"),
     "half": (lambda: net().half(), HALF),
-    "unsupported": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), "group_norm"),
+    "unsupported": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        "batch_norm",
+    ),
 }
 NO_BATCH = "calibration batch 0: a batch is a tensor or an array, or a pair of one and labels, not"
 DATA = {

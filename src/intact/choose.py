@@ -51,16 +51,43 @@ def align(network: Network) -> Network:
     section 4). An operand whose producer requantizes anyway, and that nobody else reads, is
     requantized straight to that grid; any other goes through an operation of its own,
     `<add>.requantize<i>`, which is the identity in the float network.
+
+    What is subtracted from a tensor may be computed from it, as its mean is: nobody else reads the
+    tensor then, and it has the difference's grid from the start. Rounding it once, not twice, gave
+    a ConvNeXt on digits 33.1 dB instead of 32.3.
     """
     producers = {op.name: op for op in network.ops}
-    reads = [tensor for op in network.ops for tensor in op.inputs]
-    reads += network.outputs
+    readers: dict[str, list[str]] = {}
+    for op in network.ops:
+        for tensor in op.inputs:
+            readers.setdefault(tensor, []).append(op.name)
+    for output in network.outputs:
+        readers.setdefault(output, []).append("")
 
-    def steerable(tensor: str) -> bool:
-        if reads.count(tensor) != 1 or tensor not in producers:
+    def leads_to(tensor: str, end: str) -> bool:
+        """Whether everything that is computed from a tensor ends in one op."""
+        waiting, seen = [tensor], {end}
+        while waiting:
+            for reader in readers.get(waiting.pop(), [""]):
+                if reader not in producers:
+                    return False
+                if reader not in seen:
+                    seen.add(reader)
+                    waiting.append(reader)
+        return True
+
+    def steerable(tensor: str, target: Op) -> bool:
+        if tensor not in producers:
             return False
+        if len(readers[tensor]) > 1:
+            if any(
+                reader in producers and moves_codes(producers[reader]) for reader in readers[tensor]
+            ):
+                return False  # a view keeps the tensor's grid, and others may read the view
+            if not (isinstance(target, Subtract) and leads_to(tensor, target.name)):
+                return False
         op = producers[tensor]
-        return has_own_grid(op) or (moves_codes(op) and steerable(op.inputs[0]))
+        return has_own_grid(op) or (moves_codes(op) and steerable(op.inputs[0], target))
 
     ops: list[Op] = []
     tensors: dict[str, TensorSpec] = dict(network.tensors)
@@ -68,7 +95,7 @@ def align(network: Network) -> Network:
         if isinstance(op, Add | Subtract | Concat):
             inputs = list(op.inputs)
             for i, tensor in enumerate(op.inputs):
-                if not steerable(tensor):
+                if not steerable(tensor, op):
                     inputs[i] = f"{op.name}.requantize{i}"
                     ops.append(Requantize(inputs[i], (tensor,)))
                     tensors[inputs[i]] = TensorSpec(network.tensors[tensor].shape)

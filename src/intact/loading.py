@@ -28,7 +28,6 @@ from intact.zoo import NETWORKS, load_network, read_network
 
 __all__ = ["input_shape", "input_shapes", "load_model", "title"]
 
-FORMS = "FILE.py:NAME, package.module:NAME, FILE.pt2, or a name that `intact zoo` lists"
 WEIGHTS = (".safetensors", ".pt", ".pth")
 STATE_KEYS = ("state_dict", "model_state_dict", "model")
 """Under these, checkpoints keep the state dict beside optimisers and epochs."""
@@ -127,9 +126,12 @@ def _no_spec(spec: str) -> str:
             "--model FILE.py:NAME and this file as --weights."
         )
     close = difflib.get_close_matches(spec, NETWORKS, 1)
-    if close:
-        return f"there is no network {spec!r} in the zoo. Do you mean {close[0]}?"
-    return f"{spec!r} names no network. Give {FORMS}: {', '.join(NETWORKS)}."
+    hint = f" Do you mean {close[0]}?" if close else ""
+    return (
+        f"there is no network {spec!r} in the zoo, which has {', '.join(NETWORKS)}.{hint} For a "
+        "network of your own give FILE.py:NAME or package.module:NAME, where NAME is a function "
+        "or class that makes it without arguments, or FILE.pt2."
+    )
 
 
 @contextmanager

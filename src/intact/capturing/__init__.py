@@ -16,12 +16,14 @@ result nobody else reads; else a depthwise 1x1 `Conv2d` |
 | `relu`, `relu6`, `hardtanh`, `clamp`, `clip` after an op with a grid of its own or a sum, whose \
 result nobody else reads | `low`, `high` of that op's `TensorSpec` |
 | any other clamp | `Clamp`; a clamp of a clamp is one clamp |
+| layer, group, instance and RMS norm | averages, `Subtract`, `Table`, `Multiply`: `norms.py` |
 | any other function of one tensor, and chains of them, `x * sigmoid(x)` too | one `Table` |
-| `x + y`, `x - y`, `x * y` | `Add`, `Subtract`, `Multiply`; what is broadcast goes through \
-`Upsample`, but for the second factor of a product |
+| `x + y`, `x - y`, `x * y`, `x / y` | `Add`, `Subtract`, `Multiply`, by a `Table` of reciprocals; \
+what is broadcast goes through `Upsample`, but for the second factor of a product |
 | `max_pool2d` | `MaxPool2d`; ceil mode as more padding below and on the right |
 | `avg_pool2d` that divides by the kernel's size | `AvgPool2d` |
 | `adaptive_avg_pool2d` to 1x1, `mean` over any axes | `GlobalAvgPool`, `Reshape` |
+| `avg_pool3d` over one axis, as in local response norm | `AvgPool2d` |
 | adaptive pools to a size that divides the input's | `AvgPool2d`, `MaxPool2d` |
 | average pools whose windows differ in size | `Linear` over all positions: one row per window |
 | max pools whose windows differ in size | `Slice`, `MaxPool2d`, `Concat` |
@@ -29,6 +31,7 @@ result nobody else reads | `low`, `high` of that op's `TensorSpec` |
 | `split`, `chunk`, `unbind`, `narrow`, `select`, indexing with ranges | `Slice` |
 | constant padding | part of the convolution or pool that reads it; else `Pad` |
 | nearest upsampling by whole factors, `expand` | `Upsample` |
+| any other resizing: `nearest`, `bilinear`, `bicubic`, antialiased | `Linear` over each axis |
 | `flatten`, `view`, `reshape`, `squeeze`, `unsqueeze` | `Reshape` |
 | `permute`, `transpose` | `Permute` |
 | `pixel_shuffle`, `channel_shuffle` | `Reshape`, `Permute`, `Reshape` |
@@ -37,8 +40,9 @@ result nobody else reads | `low`, `high` of that op's `TensorSpec` |
 | anything else | one `CaptureError` that lists every offender |
 
 The network computes what the module computes in eval mode, bit for bit, but for what is within
-float rounding: batch norm and constants that are folded, transposed convolutions, sums over axes,
-and average pools whose windows differ in size or have an area that is no power of two.
+float rounding: batch norm and constants that are folded, norms by the sample's own statistics,
+quotients of tensors, transposed convolutions, sums over axes, and average pools whose windows
+differ in size or have an area that is no power of two.
 """
 
 from __future__ import annotations
@@ -49,7 +53,13 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import Node
 
-from intact.capturing import elementwise, layers, moving, pooling  # noqa: F401  (register)
+from intact.capturing import (  # noqa: F401  (register)
+    elementwise,
+    layers,
+    moving,
+    norms,
+    pooling,
+)
 from intact.capturing.building import Builder, Refusal, function_name
 from intact.capturing.exporting import export
 from intact.errors import CaptureError
@@ -59,39 +69,46 @@ from intact.signature import Values
 __all__ = ["Refusal", "Survey", "capture", "survey"]
 
 SUPPORTED = (
-    "convolutions (1-D, 2-D, transposed), linear, batch norm; any function of one tensor (relu, "
-    "sigmoid, silu, gelu, hardswish, prelu, ...); sums, differences and products of tensors; max, "
-    "average and adaptive pools, means; cat, stack, split, chunk, slices; flatten, reshape, "
-    "permute, shuffles; constant padding, nearest upsampling; dropout"
+    "convolutions (1-D, 2-D, transposed), linear; batch, layer, group, instance and RMS norm; any "
+    "function of one tensor (relu, sigmoid, silu, gelu, hardswish, prelu, ...); sums, differences, "
+    "products and quotients of tensors; max, average and adaptive pools, means; cat, stack, split, "
+    "chunk, slices; flatten, reshape, permute, shuffles; constant padding, resizing; dropout"
 )
 
-_NORM = (
-    "It normalises by the statistics of the sample at hand, for which there is no integer op. Use "
-    "batch norm: its statistics are constants, so it folds into the layer before it."
+_PRODUCT = (
+    "It multiplies matrices that both depend on the input. Use nn.Linear or nn.Conv2d, whose "
+    "weights are constants, and train again."
 )
-_PRODUCT = "Use nn.Linear or nn.Conv2d, whose weights are constants."
 _FAMILIES = {
-    "group_norm instance_norm layer_norm local_response_norm rms_norm": _NORM,
     "addmm bmm einsum matmul mm": _PRODUCT,
-    "gru lstm rnn": "Unroll it into linear layers, or take a convolutional network.",
-    "conv3d max_pool3d avg_pool3d": "Take out the depth: convolutions are over one or two axes.",
-    "grid_sample upsample_bilinear2d upsample_bicubic2d interpolate": "Use mode='nearest' with a "
-    "whole scale_factor.",
+    "gru lstm rnn": "Write its steps out: linear layers, sigmoid, tanh and products of tensors "
+    "are there, and compute the same.",
+    "conv3d max_pool3d": "It works over three axes. Fold the depth into the channels, use two "
+    "axes, and train again.",
+    "grid_sample affine_grid": "Resize to a fixed size with nn.functional.interpolate, "
+    "and train again.",
 }
 _HINTS: Mapping[str, str] = {
     **{name: hint for names, hint in _FAMILIES.items() for name in names.split()},
     "argmax": "Leave it out, and take the argmax of the network's output.",
     "batch_norm": "It normalises by the statistics of the batch at hand, so a result would depend "
-    "on what else is in the batch. Train with track_running_stats=True.",
+    "on what else is in the batch. Use track_running_stats=True, and train again.",
     "clamp": "Give its bounds as numbers.",
     "mean": "It reduces the batch, too. Name the axes, without the first one: x.mean((2, 3)).",
     "repeat": "Write torch.cat([x, x], 1), or expand an axis of length 1.",
     "max": "Of a tensor alone, use amax(dim); of several, torch.stack and then amax.",
     "dropout": "It drops in eval mode too; pass training=self.training.",
-    "scaled_dot_product_attention": "Attention multiplies tensors that both depend on the input. "
+    "scaled_dot_product_attention": "Attention multiplies matrices that both depend on the input. "
     "Take a convolutional network.",
-    "softmax": "There is no integer op for it. Where it is the last operation, leave it out.",
+    "softmax": "There is no integer op for it. As the last operation leave it out; elsewhere use "
+    "torch.sigmoid, and train again.",
 }
+
+
+_OTHERWISE = (
+    "The op set has no such operation. Build it from those that docs/guide.md lists, or compute it "
+    "outside of the network."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,4 +170,4 @@ def _hint(node: Node) -> str:
     name = function_name(node)
     if name in ("softmax", "log_softmax") and all(u.op == "output" for u in node.users):
         return "Leave it out: argmax does not need it."
-    return _HINTS.get(name, "The op set has no such operation.")
+    return _HINTS.get(name, _OTHERWISE)

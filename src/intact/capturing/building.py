@@ -24,6 +24,7 @@ from intact.network import Network, TensorSpec
 from intact.ops import (
     Add,
     Clamp,
+    Concat,
     MaxPool2d,
     Op,
     Pad,
@@ -333,7 +334,10 @@ class Builder:
         if node in self.parts:
             return self.parts[node][index]
         if index != 0:
-            raise UnsupportedError("Only a pool's values can be used, not its indices.")
+            raise UnsupportedError(
+                "Only a pool's values can be used, not its indices. To undo a pool, resize with "
+                "nn.functional.interpolate, and train again."
+            )
         return self.bound[node]
 
     def _stand_in(self, node: Node) -> None:
@@ -418,20 +422,27 @@ class Builder:
     ) -> tuple[str, Padding]:
         """What stands before a `Pad` that the reader of its result can do itself, and the padding.
 
-        value  what the reader pads with: 0, or -inf for a maximum, which never takes it. A maximum
-               of what is nowhere negative does not take a 0 either
+        value  what the reader pads with: 0, or -inf for a maximum, which never takes it. A constant
+               that nothing in the tensor is below changes no maximum either
         most   the reader's padding must be smaller than this; None: any
         """
         op = self.ops.get(x)
         if not isinstance(op, Pad) or x in self.shared or any(op.padding[:2]):
             return x, padding
-        ignored = op.value == 0 and value == -math.inf and self.tensors[op.inputs[0]].low >= 0
+        ignored = value == -math.inf and op.value <= self.least(op.inputs[0])
         if op.value != value and not ignored:
             return x, padding
         top, bottom, left, right = (p + q for p, q in zip(padding, op.padding[2:], strict=True))
         if most is not None and (max(top, bottom) >= most[0] or max(left, right) >= most[1]):
             return x, padding
         return self.drop(x), (top, bottom, left, right)
+
+    def least(self, tensor: str) -> float:
+        """A bound that no value of a tensor is below; -inf where none is known."""
+        op, low = self.ops.get(tensor), self.tensors[tensor].low
+        if isinstance(op, MaxPool2d | Reshape | Permute | Slice | Upsample | Concat):
+            return max(low, min(self.least(source) for source in op.inputs))
+        return low
 
     def layer(self, tensor: str) -> tuple[str, int] | None:
         """The convolution or linear layer whose result a tensor is, if something may be folded
@@ -448,7 +459,10 @@ class Builder:
     def constant(self, value: Node) -> torch.Tensor:
         """A tensor that does not depend on the input."""
         if value not in self.constants:
-            raise UnsupportedError("Its weights depend on the input; they must be constants.")
+            raise UnsupportedError(
+                "Its weights depend on the input; they must be constants. Use a layer with weights "
+                "of its own, and train again."
+            )
         tensor: torch.Tensor = self.constants[value]
         return tensor
 

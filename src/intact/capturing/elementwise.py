@@ -18,7 +18,7 @@ from intact.capturing.building import (
     function_name,
 )
 from intact.capturing.layers import affine, fold
-from intact.ops import Add, Multiply, Shape, Subtract, Upsample
+from intact.ops import Add, Multiply, Shape, Subtract, Table, Upsample
 from intact.pointwise import Pointwise, X
 
 __all__: list[str] = []
@@ -56,7 +56,7 @@ def _composed(b: Builder, node: Node, root: str) -> Function:
             if not by_channel:
                 raise UnsupportedError(
                     "A constant in it differs by position, not only by channel. Use constants of "
-                    "shape [C, 1, 1]."
+                    "shape [C, 1, 1], and train again."
                 )
             return value
         bound = b.bound[operand]
@@ -145,7 +145,8 @@ def _pointwise(b: Builder, node: Node, _: dict[str, Any]) -> Function:
     if root is None:
         raise UnsupportedError(
             "It combines two tensors. Functions are of one tensor; of two there are sums, "
-            "differences and products."
+            "differences, products and quotients. torch.maximum(x, y) is y + torch.relu(x - y), "
+            "and torch.minimum(x, y) is x - torch.relu(x - y)."
         )
     return _composed(b, node, root)
 
@@ -208,7 +209,8 @@ def _scaled(
     axes = set().union(*(_axes(c, rank) for c in constants))
     if 0 in axes or len(axes) > 1:
         raise UnsupportedError(
-            "Its constant differs by position, not only by channel. Use one of shape [C, 1, 1]."
+            "Its constant differs by position, not only by channel. Use one of shape [C, 1, 1], "
+            "and train again."
         )
     axis = axes.pop() - 1 if axes else None
     size = 1 if axis is None else b.tensors[_root(bound)].shape[axis]
@@ -263,8 +265,13 @@ def _mul(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     if composed := _same_root(b, node, squares=True):
         return composed
     _check_ranks(left, right)
+    return _product(b, node, left, b.tensor(right))
+
+
+def _product(b: Builder, node: Node, left: Node, right: str) -> str:
+    """`left * right`, where one of them is repeated along axes of length 1."""
     shape = b.shape(node)
-    first, second = (_repeated(b, b.tensor(n)) for n in (left, right))
+    first, second = (_repeated(b, tensor) for tensor in (b.tensor(left), right))
     if b.tensors[first].shape != shape:
         first, second = second, first
     first = _broadcast(b, node, first, shape)
@@ -278,15 +285,21 @@ def _div(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     constant = _constant(b, a["other"])
     if constant is not None:
         if not bool(constant.all()):
-            raise UnsupportedError("It divides by 0.")
+            raise UnsupportedError("It divides by a constant that holds 0. Correct the constant.")
         return _scaled(b, node, a["self"], 1 / constant, None)
-    root = _common_root(b, node)
-    if root is None:
-        raise UnsupportedError(
-            "It divides one tensor by another. Only a function of one tensor can be a divisor: "
-            "multiply by the reciprocal, y.reciprocal() * x."
-        )
-    return _composed(b, node, root)
+    if composed := _same_root(b, node, squares=True):
+        return composed
+    _check_ranks(a["self"], a["other"])
+    return _product(b, node, a["self"], _reciprocal(b, node, a["other"]))
+
+
+def _reciprocal(b: Builder, node: Node, divisor: Node) -> str:
+    """1 / divisor as a table, which takes in the function that the divisor may be."""
+    bound = b.bound[divisor]
+    inner = bound.function if isinstance(bound, Function) else X
+    op = Table(b.unique(f"{b.base(node)}.reciprocal"), (_root(bound),))
+    b.functions[op.name] = Pointwise(_aten.reciprocal.default, (inner,), label="reciprocal")
+    return b.emit(node, op, b.tensors[_root(bound)].shape)
 
 
 def _same_root(b: Builder, node: Node, *, squares: bool = False) -> Function | None:

@@ -176,7 +176,9 @@ def _export_error(
         )
     return CaptureError(
         f"torch.export cannot capture {name}:{_user_frame(error)}\n"
-        f"  {type(error).__name__}: {_first_line(error)}"
+        f"  {type(error).__name__}: {_first_line(error)}\n"
+        "  Take what is no fixed sequence of tensor operations out of forward. All of the error: "
+        "torch.export.export(module, (x,), strict=False)."
     )
 
 

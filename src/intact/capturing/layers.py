@@ -12,7 +12,7 @@ from torch.fx import Node
 from intact.capturing.building import Builder, UnsupportedError, converts
 from intact.ops import Conv2d, Linear, Padding, Pair, Shape, Slice
 
-__all__ = ["affine", "as_image", "pair"]
+__all__ = ["affine", "as_image", "normalize", "pair"]
 
 _aten = torch.ops.aten
 
@@ -168,7 +168,10 @@ def _transposed(
 def _linear(b: Builder, node: Node, a: dict[str, Any]) -> str:
     x, weight = b.tensor(a["input"]), b.constant(a["weight"])
     if weight.ndim != 2:
-        raise UnsupportedError(f"Its weight has {weight.ndim} dimension, not 2: [outputs, inputs].")
+        raise UnsupportedError(
+            f"Its weight has {weight.ndim} dimension, not 2: [outputs, inputs]. Give it as "
+            "weight[None], and take [:, 0] of the result."
+        )
     op = Linear(b.name(node), (x,))
     return b.emit(node, op, b.shape(node), weight, b.optional(a["bias"]))
 
@@ -177,7 +180,8 @@ def _linear(b: Builder, node: Node, a: dict[str, Any]) -> str:
 
 
 @converts(_aten._native_batch_norm_legit_no_training.default)
-def _batch_norm(b: Builder, node: Node, a: dict[str, Any]) -> str:
+def normalize(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    """A norm by constant statistics: factors and offsets by channel."""
     x = b.tensor(a["input"])
     mean, variance = b.constant(a["running_mean"]), b.constant(a["running_var"])
     # y = (x - mean) * factor + beta, all in float64; rounded once, when the network is built.

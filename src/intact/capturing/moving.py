@@ -1,4 +1,4 @@
-"""Converters of what moves values and computes none: views, joins, cuts, padding, upsampling."""
+"""Converters of what moves values: views, joins, cuts, padding, resizing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from intact.capturing.building import (
     Value,
     converts,
 )
-from intact.ops import Concat, Pad, Shape, Slice, Upsample
+from intact.ops import Concat, Linear, Pad, Shape, Slice, Upsample
 from intact.pointwise import Pointwise
 
 __all__: list[str] = []
@@ -26,6 +26,8 @@ _aten = torch.ops.aten
 
 MOST_AXES = 4
 """Of a sample that is padded: two numbers for each are as many as a field of an op may hold."""
+MOST_WEIGHTS = 2**22
+"""Of a matrix that resizes one axis."""
 
 
 def _axis(b: Builder, tensor: str, dim: int, advice: str) -> int:
@@ -57,7 +59,9 @@ def _reshape(b: Builder, node: Node, a: dict[str, Any]) -> str:
 def _permute_axes(b: Builder, node: Node, x: str, order: Sequence[int]) -> str:
     axes = [d % len(order) for d in order]
     if axes[0] != 0:
-        raise UnsupportedError("It moves the batch, which must stay the first axis.")
+        raise UnsupportedError(
+            "It moves the batch, which must stay the first axis. Move others: x.permute(0, ...)."
+        )
     return b.permute(node, b.base(node), x, [d - 1 for d in axes[1:]])
 
 
@@ -119,7 +123,9 @@ def _channel_shuffle(b: Builder, node: Node, a: dict[str, Any]) -> str:
 )
 def _nothing(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     if node.meta["val"].dtype != torch.float32:
-        raise UnsupportedError(f"It converts to {node.meta['val'].dtype}; float32 is needed.")
+        raise UnsupportedError(
+            f"It converts to {node.meta['val'].dtype}; float32 is needed. Leave the conversion out."
+        )
     bound = b.bound[a["self"]]
     if isinstance(bound, Function) and a["self"].meta["val"].dtype == torch.bool:
         ends = (torch.tensor(1.0), torch.tensor(0.0))
@@ -176,7 +182,7 @@ def _slice(b: Builder, node: Node, a: dict[str, Any]) -> Value:
     size = b.tensors[x].shape[axis]
     start, stop, _ = slice(a["start"], a["end"]).indices(size)
     if start >= stop:
-        raise UnsupportedError("It takes nothing: the slice is empty.")
+        raise UnsupportedError("It takes nothing: the slice is empty. Leave it out.")
     return _cut(b, node, x, axis, start, stop, a["step"])
 
 
@@ -233,15 +239,18 @@ def _split(b: Builder, node: Node, a: dict[str, Any]) -> Parts:
 def _pad(b: Builder, node: Node, a: dict[str, Any]) -> str:
     if a.get("mode", "constant") != "constant":
         raise UnsupportedError(
-            f"It pads with mode {a['mode']!r}. Only constants can be padded: mode='constant'."
+            f"It pads with mode {a['mode']!r}. Only constants can be padded: take "
+            "mode='constant', and train again."
         )
     x, shape = b.tensor(a["self"]), b.shape(node)
     widths, value = list(a["pad"]), float(a["value"] or 0)
     widths += [0] * (2 * len(shape) - len(widths))
     if len(widths) > 2 * len(shape):
-        raise UnsupportedError("It pads the batch, which must stay as it is.")
+        raise UnsupportedError(
+            "It pads the batch, which must stay as it is. Give widths for the other axes alone."
+        )
     if math.isnan(value):
-        raise UnsupportedError("It pads with NaN, which no code stands for.")
+        raise UnsupportedError("It pads with NaN, which no code stands for. Pad with a number.")
     if len(shape) > MOST_AXES:
         raise UnsupportedError(
             f"It pads samples of {len(shape)} axes, more than {MOST_AXES}. Pad under another view."
@@ -276,23 +285,63 @@ def _repeat(b: Builder, node: Node, x: str, shape: Shape, advice: str) -> str:
     _aten.upsample_nearest1d.default,
     _aten._upsample_nearest_exact2d.vec,
     _aten._upsample_nearest_exact1d.vec,
+    _aten.upsample_linear1d.vec,
+    _aten.upsample_linear1d.default,
+    _aten.upsample_bilinear2d.vec,
+    _aten.upsample_bilinear2d.default,
+    _aten.upsample_bicubic2d.vec,
+    _aten.upsample_bicubic2d.default,
+    _aten._upsample_bilinear2d_aa.vec,
+    _aten._upsample_bilinear2d_aa.default,
+    _aten._upsample_bicubic2d_aa.vec,
+    _aten._upsample_bicubic2d_aa.default,
 )
-def _upsample(b: Builder, node: Node, a: dict[str, Any]) -> str:
+def _resize(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    """Moved codes where every value is repeated equally often; else a matrix product per axis."""
     x = b.tensor(a.get("input", a.get("self")))
-    given, wanted = list(b.tensors[x].shape[1:]), list(b.shape(node)[1:])
-    advice = (
-        f"It resizes {given} to {wanted}, which is no whole multiple. Choose a size that is, or "
-        "resize the images."
-    )
-    # What torch takes from where, which follows a scale_factor that is given, not the sizes alone.
-    places = torch.arange(float(math.prod(given))).reshape(1, 1, *given)
+    wanted = b.shape(node)
+    matrices = [_weights(node, b.tensors[x].shape, axis) for axis in range(1, len(wanted))]
+    if all(torch.equal(m, _repetition(*m.shape)) for m in matrices):
+        return _repeat(b, node, x, wanted, "")
+    base = b.base(node)
+    for axis, matrix in reversed(list(enumerate(matrices, 1))):
+        results, size = matrix.shape
+        if torch.equal(matrix, torch.eye(size)):
+            continue
+        if matrix.numel() > MOST_WEIGHTS:
+            raise UnsupportedError(
+                f"It resizes {size:,} positions to {results:,}, which takes a weight for each "
+                "pair: too many. Take mode='nearest' with a whole scale_factor, and train again."
+            )
+        order = list(range(len(wanted)))
+        order[axis], order[-1] = order[-1], order[axis]
+        x = b.permute(node, f"{base}.permute", x, order)
+        op = Linear(b.name(node), (x,))
+        x = b.emit(node, op, (*b.tensors[x].shape[:-1], results), matrix)
+        x = b.permute(node, f"{base}.permute", x, order)
+    return x
+
+
+def _repetition(results: int, size: int) -> torch.Tensor:
+    """The matrix that repeats each of `size` values equally often, where that is possible."""
+    return torch.eye(size).repeat_interleave(max(1, results // size), dim=0)
+
+
+def _weights(node: Node, shape: Shape, axis: int) -> torch.Tensor:
+    """What each position along an axis takes from those before: float32 `[after, before]`.
+
+    torch is asked, column by column, as the positions follow a scale_factor that is given, not the
+    sizes alone. Resizing does one axis after the other, so the others may be constant.
+    """
     target: Any = node.target
-    taken = target(places, *node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "input"})
-    for axis, (n, m) in enumerate(zip(wanted, given, strict=True), 2):
-        places = places.repeat_interleave(max(1, n // m), dim=axis)
-    if not torch.equal(taken, places):
-        raise UnsupportedError(advice)
-    return _repeat(b, node, x, b.shape(node), advice)
+    keywords = {key: value for key, value in node.kwargs.items() if key not in ("input", "self")}
+    columns = []
+    for i in range(shape[axis]):
+        x = torch.zeros(1, 1, *shape[1:])
+        x.select(axis + 1, i).fill_(1)
+        y = target(x, *node.args[1:], **keywords)
+        columns.append(y.movedim(axis + 1, -1).reshape(-1, y.shape[axis + 1])[0])
+    return torch.stack(columns, dim=1)
 
 
 @converts(_aten.expand.default)
@@ -300,4 +349,10 @@ def _expand(b: Builder, node: Node, a: dict[str, Any]) -> str:
     x, shape = b.tensor(a["self"]), b.shape(node)
     if len(shape) != len(b.tensors[x].shape):
         raise UnsupportedError("It expands to more axes. Add them first: x[:, :, None, None].")
-    return _repeat(b, node, x, shape, "It repeats an axis that is longer than 1.")
+    return _repeat(
+        b,
+        node,
+        x,
+        shape,
+        "It repeats an axis that is longer than 1. Write torch.cat([x, x], axis).",
+    )

@@ -105,7 +105,10 @@ def _check_windows(
         for start in range(-padding[2 * i], out[i] * stride[i] - padding[2 * i], stride[i]):
             # A dilated window can step over the whole input.
             if not any(0 <= start + dilation[i] * j < size[i] for j in range(kernel[i])):
-                raise UnsupportedError("A window sees nothing but padding, so its maximum is -inf.")
+                raise UnsupportedError(
+                    "A window sees nothing but padding, so its maximum is -inf. Pad less, or take "
+                    "a smaller dilation."
+                )
 
 
 @converts(_aten.adaptive_max_pool2d.default, _aten.adaptive_max_pool1d.default)
@@ -199,6 +202,25 @@ def _avg_pool(b: Builder, node: Node, a: dict[str, Any]) -> str:
         return _irregular(b, node, x, shape, windows, counts, divisor)
 
     return _on_image(b, node, x, pool)
+
+
+@converts(_aten.avg_pool3d.default)
+def _avg_pool_3d(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    """Over the first of three axes alone: so local response norm averages over channels."""
+    x = b.tensor(a["self"])
+    shape, size = b.shape(node), a["kernel_size"]
+    plain = not any(a["padding"]) and not a["ceil_mode"] and a["divisor_override"] is None
+    if len(shape) != 4 or size[1:] != [1, 1] or (a["stride"] or size)[1:] != [1, 1] or not plain:
+        raise UnsupportedError(
+            "It pools over more than one of three axes. Fold the depth into the channels, pool "
+            "over two axes, and train again."
+        )
+    channels, depth, *rest = b.tensors[x].shape
+    x = b.reshape(node, f"{b.base(node)}.image", x, (channels, depth, math.prod(rest)))
+    kernel, stride = (size[0], 1), ((a["stride"] or size)[0], 1)
+    op = AvgPool2d(b.name(node), (x,), kernel, stride)
+    pooled = b.emit(node, op, (channels, shape[1], math.prod(rest)))
+    return b.reshape(node, f"{b.base(node)}.reshape", pooled, shape)
 
 
 @converts(

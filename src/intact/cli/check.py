@@ -19,8 +19,14 @@ from intact.cli.showing import aligned, count, progress, terminal
 from intact.errors import ModelError, ModelWarning
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from intact.capturing import Refusal
     from intact.network import Network
+    from intact.ops import Shape
+
+DIGITS = (3, 32, 32)
+"""The shape of the one data set that needs no files."""
 
 
 def check(
@@ -89,8 +95,23 @@ def check(
         f"sample, {count(facts['parameters'], 'parameter')}",
         soft_wrap=False,
     )
-    given = "" if weights is None else f" --weights {shlex.quote(str(weights))}"
-    console.print(f"next: intact quantize --model {shlex.quote(model)}{given} --data SOURCE")
+    console.print(f"next: {_next(model, weights, input_shape or (), tuple(taken))}")
+
+
+def _next(model: str, weights: Path | None, given: Sequence[str], taken: tuple[Shape, ...]) -> str:
+    """The command that quantizes what was checked, with the digits where they fit.
+
+    given  what `--input-shape` said
+    taken  the shapes of the network's inputs
+    """
+    if len(taken) > 1:
+        return f"intact.quantize in Python, as files and folders hold one input, not {len(taken)}"
+    words = ["intact", "quantize", "--model", model]
+    words += [] if weights is None else ["--weights", str(weights)]
+    words += [word for shape in given for word in ("--input-shape", shape)]
+    words += ["--data", "digits" if taken == (DIGITS,) else "SOURCE"]
+    where = "" if taken == (DIGITS,) else "\nSOURCE is a folder of images, or a .npy or .npz file"
+    return shlex.join(words) + where
 
 
 def _show_refusals(model: str, refusals: Sequence[Refusal], as_json: bool) -> None:

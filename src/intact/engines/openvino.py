@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -106,12 +110,50 @@ def infer_request(data: bytes, threads: int | None) -> Any:
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
-        return core.compile_model(core.read_model(data), "CPU", settings).create_infer_request()
+        with _signal_stack_kept():
+            return core.compile_model(core.read_model(data), "CPU", settings).create_infer_request()
     except RuntimeError as error:  # on ARM64 it has no kernel for some ConvInteger
         reason = str(error).strip().splitlines()[-1:]
         raise EngineUnavailableError(
             f"OpenVINO cannot compile the program for this machine: {' '.join(reason)}"
         ) from error
+
+
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_size_t),
+    )
+
+
+_DISABLED = 2
+"""`SS_DISABLE`: signals are handled on the thread's own stack."""
+
+
+@contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """Let signals of this thread be handled on the stack where they were before.
+
+    OpenVINO gives the thread that loads it an alternate stack for signals, and when it is unloaded,
+    brings back what it found. Of two that are loaded, the second has found the stack of the first;
+    where the first is unloaded before it, that stack is gone, and the next signal whose handler
+    runs on alternate stacks, as those of Python do, ends in a segmentation fault: Ctrl-C during
+    `intact certify`. OpenVINO itself handles no signals, and needs no such stack.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    swap = ctypes.CDLL(None).sigaltstack
+    before = _SignalStack()
+    swap(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if swap(ctypes.byref(before), None):  # too small, since AMX has made more registers
+            swap(ctypes.byref(_SignalStack(None, _DISABLED, 0)), None)
 
 
 @cache
