@@ -786,7 +786,7 @@ def test_parameters_that_cannot_be_are_named(module, message):
         (torch.zeros(4), "at least one sample"),
         (torch.zeros(1, 4, dtype=torch.float64), "must be float32, not torch.float64"),
         (torch.zeros(1, 4, dtype=torch.uint8), "must be float32, not torch.uint8"),
-        ([[0.0] * 4], "must be a tensor, not a list"),
+        ([[0.0] * 4], "a tuple of tensors for several inputs, not a list"),
     ],
 )
 def test_an_example_that_is_no_float32_batch_is_refused(example, message):

@@ -80,7 +80,7 @@ def diagnose(analysis: Analysis, stages: Stages, calibration_images: int) -> tup
 def _guessing(stages: Stages) -> Iterator[Finding]:
     """The float network itself is no better than guessing, so no other figure means anything."""
     program = stages.program
-    classes = math.prod(program.tensors[program.output].shape)
+    classes = math.prod(program.tensors[program.outputs[0]].shape)
     first = next(iter(stages))
     if not isinstance(first, StageResult) or classes < 2:
         return

@@ -85,8 +85,9 @@ class Sketch:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            kind = np.float32 if field.name.startswith("channel") else np.int64
-            array = np.array(getattr(self, field.name), kind)
+            given = getattr(self, field.name)
+            extremes = field.name.startswith("channel")
+            array = np.array(given, np.float32) if extremes else _sparse_copy(given)
             array.flags.writeable = False
             object.__setattr__(self, field.name, array)
         if self.counts.sum() == 0:
@@ -335,11 +336,24 @@ class Observer:
         self._pending_values += len(values)
 
     def _split_pending(self) -> None:
-        self._counts += self._pending >> COUNT_SHIFT
-        self._low_sums += self._pending & (2**COUNT_SHIFT - 1)
-        self._pending[:] = 0
+        (used,) = self._pending.nonzero()
+        pending = self._pending[used]
+        self._counts[used] += pending >> COUNT_SHIFT
+        self._low_sums[used] += pending & (2**COUNT_SHIFT - 1)
+        self._pending[used] = 0
         self._pending_values = 0
         _check_squares(self._low_squares)
+
+
+def _sparse_copy(given: npt.ArrayLike) -> Int64:
+    """An int64 copy that writes only what is not 0: most buckets of a tensor are empty, and memory
+    that nobody has written to takes no room.
+    """
+    array = np.asarray(given, np.int64)
+    copy = np.zeros(array.shape, np.int64)
+    used = array.nonzero()
+    copy[used] = array[used]
+    return copy
 
 
 def _check_squares(low_squares: Int64) -> None:

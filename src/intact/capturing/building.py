@@ -183,7 +183,10 @@ class Builder:
             raise CaptureError("the module returns its input: there is nothing to capture.")
         outputs = self._distinct(made.values())
         self._prune(outputs)
-        parameters = {k: v.detach().float().clone() for k, v in self.parameters.items()}
+        parameters = {}
+        for name in tuple(self.parameters):  # one by one, as what was folded is in float64
+            tensor = self.parameters.pop(name).detach()
+            parameters[name] = tensor.to(torch.float32, copy=True)
         for name, tensor in parameters.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CaptureError(

@@ -117,9 +117,14 @@ def _check_parameters(module: nn.Module) -> None:
 
 
 def _eval_copy(module: nn.Module) -> nn.Module:
-    """A copy, so that neither training flags nor what a user's `eval()` does reach the original."""
+    """A copy, so that neither training flags nor what a user's `eval()` does reach the original.
+
+    Parameters on the CPU are shared with it: nothing writes to them in eval mode, and a second copy
+    of the weights is what a large network has no memory for.
+    """
+    shared: dict[int, object] = {id(p): p for p in module.parameters() if p.device.type == "cpu"}
     try:
-        clone = copy.deepcopy(module)
+        clone = copy.deepcopy(module, shared)
     except Exception as error:
         raise CaptureError(
             f"{type(module).__name__} cannot be copied ({_first_line(error)}); tensors that a "
