@@ -535,7 +535,9 @@ def _without_strides(model: nn.Module) -> Iterator[None]:
     """
     changed = []
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.stride != (1, 1):
+        if not isinstance(module, nn.Conv2d) or module.stride == (1, 1):
+            continue
+        if module.groups == module.in_channels > 1:
             changed.append((module, module.stride, module.register_forward_hook(_every(module))))
             module.stride = (1, 1)
     try:
