@@ -17,7 +17,7 @@ import intact
 from intact.data import Dataset, load_dataset, to_input
 from intact.errors import DataError, StorageError
 from intact.ops import Add, Conv2d, GlobalAvgPool, Linear, Requantize, Reshape
-from intact.training import network_schedule, predict, train_network
+from intact.training import network_schedules, predict, train_network
 from intact.zoo import ResNet20, read_network
 
 
@@ -120,17 +120,21 @@ def few() -> Dataset:
 
 
 def test_the_schedule_suits_the_data():
-    cifar10 = network_schedule("resnet20", "cifar10")
+    cifar10, again = network_schedules("resnet20", "cifar10")
     assert (cifar10.momentum, cifar10.nesterov, cifar10.weight_decay) == (0.9, True, 5e-4)
     assert (cifar10.batch_size, cifar10.crop, cifar10.flip, cifar10.average) == (64, 4, True, 0)
     assert cifar10.anneal
-    assert network_schedule("resnet20", "digits", 5) == replace(cifar10, epochs=5, flip=False)
+    assert again.learning_rate < cifar10.learning_rate
+    assert (again.cutout, again.smoothing, cifar10.cutout, cifar10.smoothing) == (8, 0.1, 0, 0)
+    digits = network_schedules("resnet20", "digits")
+    assert digits == (replace(cifar10, flip=False), replace(again, flip=False))
+    assert network_schedules("resnet20", "digits", 5) == (replace(digits[0], epochs=5),)
 
 
 def test_training_writes_a_file_that_is_read_again(few, tmp_path):
     out = tmp_path / "resnet20.safetensors"
-    schedule = replace(network_schedule("resnet20", "digits", 1), batch_size=16)
-    result = train_network("resnet20", few, schedule, 3, out, command="intact train …")
+    schedule = replace(network_schedules("resnet20", "digits", 1)[0], batch_size=16)
+    result = train_network("resnet20", few, [schedule], 3, out, command="intact train …")
     assert list(tmp_path.iterdir()) == [out]
     network = read_network("resnet20", out)
     assert not network.training
@@ -138,7 +142,11 @@ def test_training_writes_a_file_that_is_read_again(few, tmp_path):
     assert network.bn1.num_batches_tracked == 3
     with safe_open(out, framework="pt") as file:
         about = json.loads(file.metadata()["training"])
-    assert (about["network"], about["seed"], about["schedule"]["epochs"]) == ("ResNet-20", 3, 1)
+    assert (about["network"], about["seed"], about["schedules"][0]["epochs"]) == (
+        "ResNet-20",
+        3,
+        1,
+    )
 
 
 def test_images_of_another_size_are_refused(few, tmp_path):
@@ -147,7 +155,7 @@ def test_images_of_another_size_are_refused(few, tmp_path):
         train_network(
             "resnet20",
             small,
-            network_schedule("resnet20", "digits", 1),
+            network_schedules("resnet20", "digits", 1),
             0,
             tmp_path / "w",
             command="",

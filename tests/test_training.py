@@ -39,6 +39,8 @@ EVERYTHING = Schedule(
     average=0.9,
     crop=1,
     flip=True,
+    cutout=2,
+    smoothing=0.1,
 )
 
 
@@ -250,13 +252,41 @@ def test_augmentation_shifts_into_black_and_mirrors():
     crops = [padded[:, y : y + 3, x : x + 3] for y in range(3) for x in range(3)]
     possible = {crop.tobytes() for crop in crops} | {crop[..., ::-1].tobytes() for crop in crops}
     assert len(possible) == 18
-    got = augment(np.repeat(image[None], 500, 0), 1, True, np.random.default_rng(0))
+    schedule = replace(PLAIN, crop=1, flip=True)
+    got = augment(np.repeat(image[None], 500, 0), schedule, np.random.default_rng(0))
     assert {one.tobytes() for one in got} == possible
 
 
 def test_without_augmentation_images_stay():
     images = noise().train_images
-    assert np.array_equal(augment(images, 0, False, np.random.default_rng(0)), images)
+    assert np.array_equal(augment(images, PLAIN, np.random.default_rng(0)), images)
+
+
+def test_cutout_leaves_mid_grey_of_a_square_at_any_place():
+    """Squares of 3 around each of the 5 x 4 pixels, which end at the border."""
+    image = np.arange(60, dtype=np.uint8).reshape(3, 5, 4)
+    possible = set()
+    for y in range(5):
+        for x in range(4):
+            one = image.copy()
+            one[:, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2] = 128
+            possible.add(one.tobytes())
+    assert len(possible) == 20
+    images = np.repeat(image[None], 500, 0)
+    got = augment(images, replace(PLAIN, cutout=3), np.random.default_rng(0))
+    assert {one.tobytes() for one in got} == possible
+    assert np.array_equal(images[0], image)
+
+
+def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
+    """Its loss is the cross-entropy to 0.2 / 4 of each class and 0.8 of the right one."""
+    seen, model, data = [], network(), noise()
+    whole = replace(PLAIN, epochs=1, batch_size=20, smoothing=0.2)
+    logits = model(torch.from_numpy(data.train_images.copy()).float().div(255).sub(0.5).div(0.5))
+    target = 0.8 * F.one_hot(torch.from_numpy(data.train_labels.copy()), 4) + 0.2 / 4
+    expected = -(target * logits.log_softmax(1)).sum(1).mean().item()
+    train(model, data, whole, 0, progress=lambda *at: seen.append(at[3]))
+    assert seen == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_digits_are_never_mirrored():
@@ -332,6 +362,48 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, schedule, epoch, 
     assert list(tmp_path.iterdir()) == [checkpoint]
 
 
+def test_schedules_follow_each_other(tmp_path):
+    """Each starts as a training of its own, with the weights of the one before, and anneals."""
+    plain = replace(PLAIN, epochs=2, anneal=True)
+    straight, parts, seen = network(), network(), []
+    train(straight, noise(), [EVERYTHING, plain], 2, progress=lambda *at: seen.append(at[:3]))
+    train(parts, noise(), EVERYTHING, 2)
+    first = weights(parts)
+    optimizer = torch.optim.SGD(parts.parameters(), lr=0.01, momentum=0.9)
+    pixels = torch.from_numpy(noise().train_images.copy()).float().div(255).sub(0.5).div(0.5)
+    labels = torch.from_numpy(noise().train_labels.copy())
+    for epoch in range(2):
+        order = torch.from_numpy(np.random.default_rng((2, 4 + epoch)).permutation(20))
+        for step, chosen in enumerate(order.split(8)):
+            optimizer.param_groups[0]["lr"] = learning_rate(plain, epoch * 3 + step, 6)
+            optimizer.zero_grad()
+            F.cross_entropy(parts(pixels[chosen]), labels[chosen]).backward()
+            optimizer.step()
+    for name, tensor in weights(straight).items():
+        torch.testing.assert_close(tensor, parts.state_dict()[name], rtol=1e-5, atol=1e-6)
+    assert not equal(weights(straight), first)
+    assert seen == [(epoch, step, 3) for epoch in range(1, 7) for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("epoch", range(2, 8), ids=str)
+def test_several_schedules_go_on_where_they_stopped(tmp_path, epoch):
+    """Within one, and where one ends: epoch 5 is the first of the second, epoch 7 of the third."""
+    schedules = [EVERYTHING, replace(PLAIN, epochs=2), replace(EVERYTHING, epochs=1, cutout=0)]
+    expected, again, path = network(), network(), tmp_path / "c"
+    train(expected, noise(), schedules, 2)
+
+    def stop(*at: float) -> None:
+        if at[:2] == (epoch, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), noise(), schedules, 2, checkpoint=path, progress=stop)
+    train(again, noise(), schedules, 2, checkpoint=path, resume=True)
+    assert equal(weights(again), weights(expected))
+    with pytest.raises(StorageError, match="differs in schedules"):
+        train(again, noise(), schedules[:2], 2, checkpoint=path, resume=True)
+
+
 def test_a_finished_run_resumes_to_its_result(tmp_path):
     expected = trained(2, checkpoint=tmp_path / "c")
     seen = []
@@ -364,7 +436,7 @@ def test_a_changed_checkpoint_changes_the_result(tmp_path):
     ("other", "named"),
     [
         ({"seed": 3}, "seed"),
-        ({"schedule": replace(EVERYTHING, learning_rate=0.06)}, "schedule"),
+        ({"schedules": replace(EVERYTHING, learning_rate=0.06)}, "schedules"),
         ({"dataset": noise(seed=1)}, "dataset"),
         ({"model": network(1)}, "initial_weights"),
         ({"seed": 3, "dataset": noise(seed=1)}, "seed, dataset"),
@@ -373,7 +445,7 @@ def test_a_changed_checkpoint_changes_the_result(tmp_path):
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, other, named):
     checkpoint = tmp_path / "c"
     trained(2, checkpoint=checkpoint)
-    settings = {"model": network(), "dataset": noise(), "schedule": EVERYTHING, "seed": 2} | other
+    settings = {"model": network(), "dataset": noise(), "schedules": EVERYTHING, "seed": 2} | other
     with pytest.raises(StorageError, match=f"another training: it differs in {named}. Give"):
         train(**settings, checkpoint=checkpoint, resume=True)
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -38,7 +38,7 @@ __all__ = [
     "Progress",
     "Schedule",
     "Trained",
-    "network_schedule",
+    "network_schedules",
     "schedule_for",
     "train",
     "train_lenet",
@@ -62,6 +62,9 @@ class Schedule:
                      0 takes the weights of the last step
     crop             black pixels added around an image before a crop of its own size is taken
     flip             whether half of the images are mirrored
+    cutout           side of the square of mid-grey at a random place of each image, in pixels; it
+                     may stand out at the border
+    smoothing        share of the target that is spread evenly over all classes
     channels_last    whether channels are innermost in memory: faster, and rounded differently
     bfloat16         whether layers compute in bfloat16; weights, their sums and batch norm stay
                      float32
@@ -80,6 +83,8 @@ class Schedule:
     average: float = 0.0
     crop: int = 0
     flip: bool = False
+    cutout: int = 0
+    smoothing: float = 0.0
     channels_last: bool = False
     bfloat16: bool = False
     sizes: tuple[int, ...] = ()
@@ -118,12 +123,18 @@ RESIDUAL = Schedule(
 """Small images first: an epoch takes 0.6 of the time. Hoffer et al.: Mix & Match: training convnets
 with mixed image sizes (2019). ResNet-20 then has 82.0 % after 8 epochs, in the time in which 5
 epochs of whole images give it 79.1 %."""
-DEPTHWISE = replace(RESIDUAL, weight_decay=2e-4)
-NETWORK_SCHEDULES: Mapping[str, Schedule] = {
-    "resnet8": replace(RESIDUAL, epochs=100),
-    "resnet20": RESIDUAL,
-    "mobilenetv2": replace(DEPTHWISE, epochs=36),
-    "mobilenetv3": replace(DEPTHWISE, epochs=36, bfloat16=False),
+AGAIN = replace(RESIDUAL, learning_rate=0.05, warmup=0.05, cutout=8, smoothing=0.1, sizes=(24, 32))
+"""What follows: more of what makes a network generalise, and less of what makes it learn fast."""
+GENTLE = 2e-4
+"""Weight decay of networks with depthwise convolutions, whose few weights need what they have."""
+NETWORK_SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
+    "resnet8": (replace(RESIDUAL, epochs=100),),
+    "resnet20": (RESIDUAL, AGAIN),
+    "mobilenetv2": (
+        replace(RESIDUAL, epochs=36, weight_decay=GENTLE),
+        replace(AGAIN, epochs=36, weight_decay=GENTLE),
+    ),
+    "mobilenetv3": (replace(RESIDUAL, epochs=36, weight_decay=GENTLE, bfloat16=False),),
 }
 """As many epochs as take about an hour on two cores; where bfloat16 is slower, it is not used: the
 backward pass of a depthwise 5x5 convolution takes four times as long in it."""
@@ -151,7 +162,7 @@ class Progress(Protocol):
 def train(
     model: nn.Module,
     dataset: Dataset,
-    schedule: Schedule,
+    schedules: Schedule | Sequence[Schedule],
     seed: int,
     *,
     checkpoint: str | PathLike[str] | None = None,
@@ -161,33 +172,57 @@ def train(
 ) -> None:
     """Train `model` in place on the training set alone, and leave it in eval mode.
 
+    schedules   one, or several that follow each other: each starts with the weights that the one
+                before ended with, and with no momenta. Loshchilov, Hutter: SGDR: stochastic
+                gradient descent with warm restarts (2017)
     model       one with buffers, as of batch norm, is refused where weights are averaged: its
                 statistics are those of the last step's weights
     checkpoint  a file, written atomically after every epoch: what an interruption leaves
     resume      go on from the checkpoint if there is one. The result is then that of a run that was
-                never interrupted. A checkpoint of another model, data set, schedule or seed raises
-                `StorageError`
+                never interrupted. A checkpoint of another model, data set, seed or other schedules
+                raises `StorageError`
     threads     that share the work; another number gives other weights
     progress    called after every step
 
     A loss that is not finite raises `IntactError`.
     """
+    schedules = (schedules,) if isinstance(schedules, Schedule) else tuple(schedules)
+    path = None if checkpoint is None else Path(checkpoint)
+    # A run is determined by these; only a run that agrees in all of them may be resumed.
+    settings = {
+        "schedules": [_as_json(schedule) for schedule in schedules],
+        "seed": seed,
+        "threads": threads,
+        "dataset": dataset.sha256,
+        "initial_weights": hashlib.sha256(_to_bytes(dict(model.named_parameters()))).hexdigest(),
+    }
+    stored = None
+    if resume and path is not None and path.exists():
+        stored = _read_checkpoint(path, settings)
     with _threads(threads), _without_strides(model):
-        run = _Run(model, dataset, schedule, seed, threads)
-        path = None if checkpoint is None else Path(checkpoint)
-        first = run.restore(path) if resume and path is not None and path.exists() else 0
-        for epoch in range(first, schedule.epochs):
-            run.epoch(epoch, progress)
-            if path is not None:
-                run.store(path, epoch + 1)
-        run.finish()
+        before = 0
+        for schedule in schedules:
+            after = before + schedule.epochs
+            if stored is None or stored.epochs <= after:
+                run = _Run(model, dataset, schedule, seed, before)
+                first = run.restore(stored) if stored is not None else before
+                stored = None
+                for epoch in range(first, after):
+                    run.epoch(epoch, progress)
+                    if path is not None:
+                        run.store(path, settings, epoch + 1)
+                run.finish()
+            before = after
 
 
 class _Run:
-    """The state of a training run: weights, momenta, averages and buffers, each by its name."""
+    """The state of a training by one schedule: weights, momenta, averages and buffers by name.
+
+    before  epochs of the schedules before this one; the numbers of its own go on from there
+    """
 
     def __init__(
-        self, model: nn.Module, dataset: Dataset, schedule: Schedule, seed: int, threads: int
+        self, model: nn.Module, dataset: Dataset, schedule: Schedule, seed: int, before: int
     ) -> None:
         if schedule.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -198,18 +233,11 @@ class _Run:
                 "averaged weights. Train it with average=0."
             )
         self.model, self.dataset, self.schedule, self.seed = model, dataset, schedule, seed
+        self.before = before
         self.parameters = dict(model.named_parameters())
         self.momenta = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.steps = math.ceil(len(dataset.train_images) / schedule.batch_size)
-        # A run is determined by these; only a run that agrees in all of them may be resumed.
-        self.settings = {
-            "schedule": _as_json(schedule),
-            "seed": seed,
-            "threads": threads,
-            "dataset": dataset.sha256,
-            "initial_weights": hashlib.sha256(_to_bytes(self.averages)).hexdigest(),
-        }
         self.optimizer = torch.optim.SGD(
             self.parameters.values(),
             lr=schedule.learning_rate,
@@ -231,9 +259,9 @@ class _Run:
         self.model.train()
         for step in range(self.steps):
             chosen = order[step * size : (step + 1) * size]
-            pixels = augment(images[chosen], self.schedule.crop, self.schedule.flip, rng)
+            pixels = augment(images[chosen], self.schedule, rng)
             logits, loss = self._step(
-                epoch * self.steps + step,
+                (epoch - self.before) * self.steps + step,
                 torch.from_numpy(to_input(pixels)),
                 torch.from_numpy(labels[chosen]),
             )
@@ -263,7 +291,7 @@ class _Run:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.schedule.bfloat16):
             logits = self.model(x)
-        loss = F.cross_entropy(logits.float(), y)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=self.schedule.smoothing)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         if self.schedule.average:
@@ -292,28 +320,24 @@ class _Run:
             for name, tensor in named.items()
         }
 
-    def store(self, path: Path, epochs: int) -> None:
-        """Write the checkpoint of a run that has finished this many epochs."""
-        about = {"settings": self.settings, "epochs": epochs}
+    def store(self, path: Path, settings: Mapping[str, Any], epochs: int) -> None:
+        """Write the checkpoint of a run of these settings that has finished this many epochs."""
+        about = {"settings": settings, "epochs": epochs}
         _write(path, self._tensors(), ("checkpoint", about))
 
-    def restore(self, path: Path) -> int:
+    def restore(self, stored: _Checkpoint) -> int:
         """Take over a checkpoint's state; returns the number of epochs that it has finished."""
-        settings, epochs, given = _read_checkpoint(path)
-        different = [key for key, value in self.settings.items() if settings.get(key) != value]
-        if different:
-            raise StorageError(
-                f"{path} is the checkpoint of another training: it differs in "
-                f"{', '.join(different)}. Give the same settings again, or start without resuming."
-            )
         wanted = self._tensors()
-        if _layout(given) != _layout(wanted) or not 0 <= epochs <= self.schedule.epochs:
+        if (
+            _layout(stored.tensors) != _layout(wanted)
+            or not self.before <= stored.epochs <= self.before + self.schedule.epochs
+        ):
             raise StorageError(
-                f"{path} does not hold the state of this training. Start without resuming."
+                f"{stored.path} does not hold the state of this training. Start without resuming."
             )
         for name, tensor in wanted.items():
-            tensor.copy_(given[name])
-        return epochs
+            tensor.copy_(stored.tensors[name])
+        return stored.epochs
 
 
 def _as_json(schedule: Schedule) -> dict[str, Any]:
@@ -337,9 +361,14 @@ def learning_rate(schedule: Schedule, step: int, total: int) -> float:
     return schedule.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def augment(images: Images, crop: int, flip: bool, rng: np.random.Generator) -> Images:
-    """A shifted and mirrored copy of each image, uint8 `[N, 3, H, W]`; see `Schedule`."""
+def augment(images: Images, schedule: Schedule, rng: np.random.Generator) -> Images:
+    """A copy of each image as `schedule` changes it at random, uint8 `[N, 3, H, W]`.
+
+    It is shifted and mirrored, and of a square of it only mid-grey is left. DeVries, Taylor:
+    Improved regularization of convolutional neural networks with cutout (2017).
+    """
     number, _, height, width = images.shape
+    crop = schedule.crop
     if crop:
         margin = ((0, 0), (0, 0), (crop, crop), (crop, crop))
         windows = np.lib.stride_tricks.sliding_window_view(
@@ -347,10 +376,24 @@ def augment(images: Images, crop: int, flip: bool, rng: np.random.Generator) -> 
         )
         top, left = rng.integers(2 * crop + 1, size=(2, number))
         images = windows[np.arange(number), :, top, left]
-    if flip:
+    if schedule.flip:
         mirrored = rng.random((number, 1, 1, 1)) < 0.5
         images = np.where(mirrored, images[..., ::-1], images)
+    if schedule.cutout:
+        rows = _within(height, schedule.cutout, number, rng)[:, None, :, None]
+        columns = _within(width, schedule.cutout, number, rng)[:, None, None, :]
+        images = np.where(rows & columns, np.uint8(128), images)
     return images
+
+
+def _within(length: int, size: int, number: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Which of `length` places a stretch of `size` with a random centre covers, `[number, length]`.
+
+    Every place is the centre equally often, so stretches end at the border.
+    """
+    starts = rng.integers(length, size=(number, 1)) - size // 2
+    places = np.arange(length)
+    return (starts <= places) & (places < starts + size)
 
 
 def predict(model: nn.Module, images: Images) -> npt.NDArray[np.int64]:
@@ -402,19 +445,22 @@ def train_lenet(
     )
 
 
-def network_schedule(network: str, data: str, epochs: int | None = None) -> Schedule:
-    """How a network of `NETWORKS` is trained on a data set, in so many epochs.
+def network_schedules(network: str, data: str, epochs: int | None = None) -> tuple[Schedule, ...]:
+    """How a network of `NETWORKS` is trained on a data set: schedules that follow each other.
 
-    data  the data set's name; digits are not mirrored
+    data    the data set's name; digits are not mirrored
+    epochs  only so many, all by the first schedule
     """
-    schedule = NETWORK_SCHEDULES[network]
-    return replace(schedule, epochs=epochs or schedule.epochs, flip=data != "digits")
+    schedules = NETWORK_SCHEDULES[network]
+    if epochs is not None:
+        schedules = (replace(schedules[0], epochs=epochs),)
+    return tuple(replace(schedule, flip=data != "digits") for schedule in schedules)
 
 
 def train_network(
     network: str,
     dataset: Dataset,
-    schedule: Schedule,
+    schedules: Sequence[Schedule],
     seed: int,
     out: str | PathLike[str],
     *,
@@ -425,20 +471,23 @@ def train_network(
 ) -> Trained:
     """Train a network of `NETWORKS` from its seed, and write its weights to the file `out`.
 
-    As `train_lenet`; the file is what `read_network` reads, and `network_schedule` has the
-    schedule.
+    As `train_lenet`; the file is what `read_network` reads, and `network_schedules` has the
+    schedules.
     """
-    about = {"network": NETWORKS[network].title, "schedule": asdict(schedule)}
+    about = {
+        "network": NETWORKS[network].title,
+        "schedules": [asdict(schedule) for schedule in schedules],
+    }
     make = NETWORKS[network].make
     return _train_to_file(
-        make, dataset, schedule, seed, out, about, command, resume, progress, threads
+        make, dataset, schedules, seed, out, about, command, resume, progress, threads
     )
 
 
 def _train_to_file(
     make: Callable[[], nn.Module],
     dataset: Dataset,
-    schedule: Schedule,
+    schedules: Schedule | Sequence[Schedule],
     seed: int,
     out: str | PathLike[str],
     about: Mapping[str, Any],
@@ -470,7 +519,7 @@ def _train_to_file(
     train(
         model,
         dataset,
-        schedule,
+        schedules,
         seed,
         checkpoint=checkpoint,
         resume=resume,
@@ -513,17 +562,33 @@ def _to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | No
     return to_safetensors({name: t.contiguous() for name, t in tensors.items()}, metadata)
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Any], int, dict[str, torch.Tensor]]:
-    """The settings of the run, the number of epochs that it has finished, and its tensors."""
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """What a checkpoint file holds: the number of finished epochs, and the tensors of a `_Run`."""
+
+    path: Path
+    epochs: int
+    tensors: Mapping[str, torch.Tensor]
+
+
+def _read_checkpoint(path: Path, settings: Mapping[str, Any]) -> _Checkpoint:
+    """The checkpoint of a run of these settings; any other raises `StorageError`."""
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["checkpoint"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return dict(about["settings"]), int(about["epochs"]), tensors
+        given, epochs = dict(about["settings"]), int(about["epochs"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StorageError(
             f"{path} is not a checkpoint that can be read ({error}). Start without resuming."
         ) from error
+    different = [key for key, value in settings.items() if given.get(key) != value]
+    if different:
+        raise StorageError(
+            f"{path} is the checkpoint of another training: it differs in "
+            f"{', '.join(different)}. Give the same settings again, or start without resuming."
+        )
+    return _Checkpoint(path, epochs, tensors)
 
 
 @contextmanager

@@ -134,19 +134,19 @@ def _add_train_command(network: str, title: str) -> None:
         )
 
         def train(dataset: Dataset, tell: Tell) -> Trained:
-            from intact.training import network_schedule, train_network
+            from intact.training import network_schedules, train_network
 
-            schedule = network_schedule(network, dataset.name, epochs)
+            schedules = network_schedules(network, dataset.name, epochs)
             return train_network(
                 network,
                 dataset,
-                schedule,
+                schedules,
                 seed,
                 out,
                 command=text,
                 resume=resume,
                 threads=threads,
-                progress=_epochs(schedule.epochs, tell),
+                progress=_epochs(sum(schedule.epochs for schedule in schedules), tell),
             )
 
         _train_to(out, f"{network}.safetensors", data, data_dir, train, as_json)
