@@ -144,6 +144,22 @@ def test_memory_does_not_grow_with_the_number_of_batches():
     assert len(alive) == 20
 
 
+def test_a_large_batch_needs_no_more_memory_than_a_small_one(monkeypatch):
+    """Its images run a few at a time: four whose largest tensor, conv1, has 320 floats each."""
+    run, together = Network.__call__, []
+
+    def counted(network: Network, x: torch.Tensor, hook: object) -> object:
+        together.append(len(x))
+        return run(network, x, hook)
+
+    expected = calibrate(small_network(), images(1, 11))
+    monkeypatch.setattr(Network, "__call__", counted)
+    monkeypatch.setattr("intact.calibrate.PART", 4 * 4 * 320 + 15)
+    got = calibrate(small_network(), images(1, 11))
+    assert together == [4, 4, 3]
+    assert {n: s.count for n, s in got.items()} == {n: s.count for n, s in expected.items()}
+
+
 def test_progress_tells_the_number_of_images_so_far():
     seen: list[int] = []
     calibrate(small_network(), images(3), seen.append)

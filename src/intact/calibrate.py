@@ -22,6 +22,10 @@ SAMPLE_MAX = 2**15
 """Values of one tensor that are counted for each image. To count all eleven million of a ResNet-50
 would take longer than to compute them, and a hundred images give three million of each tensor so.
 """
+PART = 2**24
+"""Bytes of the largest tensor of the samples that run together, if one sample is not more: so a
+large batch needs no more memory than a small one, and what one layer wrote is still in a cache when
+the next one reads it."""
 
 Images: TypeAlias = torch.Tensor | npt.NDArray[Any]
 Batch: TypeAlias = Images | tuple[Any, ...] | list[Any] | Mapping[str, Images]
@@ -95,6 +99,8 @@ def _sketch_all(
 ) -> dict[str, Sketch]:
     """The sketches of this process's own batches; empty if it has none."""
     observers: dict[str, Observer] = {}
+    largest = max(4 * math.prod(spec.shape) for spec in network.tensors.values())
+    together = max(1, PART // largest)
     images = 0
 
     def look(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -109,7 +115,9 @@ def _sketch_all(
             try:
                 x = _checked(batch, network)
                 home = _home(network.parameters)
-                network(unwrapped(part.to(home) for part in x), look)
+                for start in range(0, len(x[0]), together):
+                    part = (tensor[start : start + together].to(home) for tensor in x)
+                    network(unwrapped(part), look)
             except CalibrationError as error:
                 raise CalibrationError(f"calibration batch {index}: {error}") from error
             images += len(x[0])

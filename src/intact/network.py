@@ -150,7 +150,8 @@ class Network:
             result = self._run(op, [values[i] for i in op.inputs])
             out = self.tensors[op.name]
             if out.low == 0 and out.high == math.inf:
-                result = torch.relu(result)
+                # In place where the result is a tensor of its own: no room for a second one.
+                result = result.relu_() if isinstance(op, Conv2d | Linear | Add) else result.relu()
             elif out.low != -math.inf or out.high != math.inf:
                 result = torch.clamp(result, out.low, out.high)
             values[op.name] = see(op.name, result)
