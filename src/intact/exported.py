@@ -128,7 +128,7 @@ def _forward(graph: Graph) -> Callable[..., Any]:
         return model.run(inputs)
 
     names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
+    parameters = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in ("self", *names)]
     forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return forward
 

@@ -179,8 +179,8 @@ def evaluate(
     if not samples.labelled:
         raise DataError(
             f"{samples.name} has no labels, so nothing says what is right. Give images in a folder "
-            "per class, or arrays with one more, 'y', that holds the labels; `intact run` gives "
-            "predictions without labels."
+            "per class, or a .npz or .safetensors file whose array 'y' holds the labels; `intact "
+            "run` gives predictions without labels."
         )
     outputs = math.prod(program.tensors[program.outputs[0]].shape)
     if samples.classes is not None and len(samples.classes) > outputs:
