@@ -341,6 +341,22 @@ def test_without_labels_and_with_other_calibration_data(here, pairs):
     assert "few.npz has no labels" in ran.err
 
 
+def test_a_folder_with_both_parts_calibrates_on_the_one_and_measures_on_the_other(here, pairs):
+    for part, samples in (("train", slice(20, None)), ("test", slice(20))):
+        Path("parts", part).mkdir(parents=True)
+        for name, array in pairs.items():
+            np.save(f"parts/{part}/{name}.npy", array[samples])
+    ran = intact_("quantize", "--model", "pair.pt2", "--data", "parts", "-o", "parts_out")
+    assert ran.code == 0
+    assert "ranges were chosen from samples that the stages were measured on" not in ran.out
+    report = json.loads(Path("parts_out/results.json").read_text(encoding="utf-8"))
+    data = report["data"]
+    assert (data["name"], data["calibrated on"]) == ("parts/test", "parts/train")
+    assert (data["test"], data["calibration"]) == (20, COUNT - 20)
+    ran = intact_("evaluate", "parts_out/program.safetensors", "--data", "parts", "--json")
+    assert json.loads(ran.out)["correct"] == report["stages"][-1]["correct"]
+
+
 def test_an_input_that_looks_unlike_the_calibrations_is_named(here, pairs):
     np.savez("loud.npz", image=pairs["image"], facts=100 * pairs["facts"])
     options = ("--data", "loud.npz", "--calibration-data", "pairs.npz", "-o", "loud")

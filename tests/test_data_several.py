@@ -80,6 +80,17 @@ def test_a_folder_may_hold_other_files(tmp_path):
     assert open_several(path, SHAPES).count == 11
 
 
+def test_a_folder_may_hold_a_training_and_a_test_part(tmp_path):
+    for part, count in (("train", 8), ("test", 3)):
+        write(tmp_path, "", {"left": LEFT[:count], "right": RIGHT[:count]}).rename(tmp_path / part)
+        assert open_several(tmp_path / part, SHAPES).count == count
+    for part, count in (("train", 8), ("test", 3)):
+        samples = open_several(tmp_path, SHAPES, part=part)
+        assert (samples.name, samples.count) == (f"{tmp_path.name}/{part}", count)
+    with pytest.raises(DataError, match="holds train and test: say which of them is meant"):
+        open_several(tmp_path, SHAPES)
+
+
 NAMES = "both.npz holds the arrays {}, but the network's inputs are 'left' and 'right': there must "
 LABELLED = "be one array for each, called as it is, and labels, if any, as 'y' or 'labels'. "
 RENAME = (

@@ -254,7 +254,8 @@ def open_for(
         refuse_images(
             program.inputs, options, data_dir=data_dir, workers=workers, skip_corrupt=skip_corrupt
         )
-        return open_several(source, {name: program.tensors[name].shape for name in program.inputs})
+        shapes = {name: program.tensors[name].shape for name in program.inputs}
+        return open_several(source, shapes, part="test")
     shape = program.tensors[program.input].shape
     carried = carried_by(program)
     start = carried

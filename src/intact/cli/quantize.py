@@ -159,7 +159,7 @@ def quantize(
         def opened(source: str, part: Literal["train", "test"], folder: Path | None) -> Samples:
             if len(inputs) > 1:
                 shapes = loading.input_shapes(network) or [None] * len(inputs)
-                return open_several(source, dict(zip(inputs, shapes, strict=True)))
+                return open_several(source, dict(zip(inputs, shapes, strict=True)), part=part)
             return open_samples(
                 source,
                 preprocessing=preprocessing,

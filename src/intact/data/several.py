@@ -11,6 +11,7 @@ import numpy as np
 
 from intact.data.arrays import LABEL_NAMES, Rows, in_memory, open_arrays, read_arrays, readable
 from intact.data.checking import as_floats, as_labels, check_shape
+from intact.data.folder import Part, find_part
 from intact.data.samples import Listed, Numbered, Positions, Samples
 from intact.errors import DataError
 from intact.ops import Shape
@@ -22,12 +23,16 @@ SUFFIXES = (".npz", ".safetensors")
 """Of files that can hold several arrays."""
 
 
-def open_several(source: str | PathLike[str], shapes: Mapping[str, Shape | None]) -> Samples:
+def open_several(
+    source: str | PathLike[str], shapes: Mapping[str, Shape | None], *, part: Part | None = None
+) -> Samples:
     """The samples of a network with several inputs: of each input an array, called as it is.
 
     source  a .npz or .safetensors file, or a folder of .npy files, called as their arrays are
     shapes  input -> the shape of one sample, or None where it is not known; in the order of the
             inputs, which is that of the tuples in every batch
+    part    which folder is meant of those where the folder holds `train` and `test`, and no .npy
+            file itself; see `folder.find_part`
 
     Arrays hold floats `[N, *shape]`, taken as they are, all with the same N. One more may hold
     labels, as `checking.as_labels` takes them: `y`, or `labels`, unless an input is called so. Of a
@@ -39,6 +44,9 @@ def open_several(source: str | PathLike[str], shapes: Mapping[str, Shape | None]
     path = Path(source)
     name = path.name or path.resolve().name
     with readable(path):
+        if path.is_dir() and not _files(path):
+            path, parts = find_part(path, part)
+            name = f"{name}/{path.name}" if parts else name
         arrays = _arrays(path, shapes)
         _check_names(name, arrays, shapes)
         rows = {each: arrays[each]() for each in shapes}
@@ -72,8 +80,7 @@ def open_several(source: str | PathLike[str], shapes: Mapping[str, Shape | None]
 def _arrays(path: Path, inputs: Collection[str]) -> dict[str, Callable[[], Rows]]:
     """The names of the arrays of a file or folder, and what reads them."""
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() == ".npy"]
-        return {file.stem: partial(_of_file, file) for file in files if file.name[0] != "."}
+        return {file.stem: partial(_of_file, file) for file in _files(path)}
     if path.suffix.lower() in SUFFIXES:
         return open_arrays(path)
     raise DataError(
@@ -81,6 +88,12 @@ def _arrays(path: Path, inputs: Collection[str]) -> dict[str, Callable[[], Rows]
         "Name a .npz or .safetensors file, or a folder of .npy files, with an array for each, "
         "called as the input is."
     )
+
+
+def _files(folder: Path) -> list[Path]:
+    """The .npy files directly in a folder, but for names that begin with a dot."""
+    files = sorted(folder.iterdir())
+    return [file for file in files if file.suffix.lower() == ".npy" and file.name[0] != "."]
 
 
 def _of_file(file: Path) -> Rows:
