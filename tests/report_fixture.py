@@ -229,7 +229,7 @@ def _report(layers: tuple[LayerAnalysis, ...], source: TensorAnalysis) -> Report
             stage("bias-unscaled", 6744, 631, 175, 3e-98, 0.0056),
             stage("integer", 7193, 41, 34, 0.49, 0.0017),
         ),
-        input=source,
+        inputs={"input": source},
         layers=layers,
         diagnosis=(
             Finding(

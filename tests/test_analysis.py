@@ -100,7 +100,7 @@ def truth(q: Quantized) -> tuple[dict[str, Array], dict[str, Array]]:
 
 def activations(q: Quantized, analysis: Analysis) -> dict[str, TensorAnalysis]:
     layers = {layer.name: layer.activation for layer in analysis.layers}
-    return {q.program.input: analysis.input, **layers}
+    return {**analysis.inputs, **layers}
 
 
 def decibels(real: Array, approximate: Array) -> float:

@@ -353,7 +353,7 @@ def test_images_are_brought_to_the_networks_input_and_bad_ones_left_out(here):
         report = results(here / "photos_out")
         assert report["stages"][0]["total"] == 6
         assert report["data"]["classes"] == ["class0", "class1"]
-        assert report["input"]["min"] >= 0
+        assert report["inputs"]["input"]["min"] >= 0
         assert "warning: images of photos has 2 classes, but the network has 10 outputs" in ran.out
     (here / "photos/class1/damaged.png").unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -11,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch.export import Dim, export, save
 
 import intact
 from cli_harness import FILES, Ran, intact_
 from intact.data import load_dataset, spread, to_input
-from intact.ops import Conv2d
 from test_several_ends import batch, pyramid
 
 NET = """\
@@ -135,15 +136,18 @@ def test_check_takes_a_shape_for_each_input(here, model):
     shapes = () if model.endswith(".pt2") else ("--input-shape", "3,8,8", "--input-shape", "5")
     ran = intact_("check", model, *shapes)
     assert (ran.code, ran.err) == (0, "")
-    names = ("image", "facts") if shapes else ("inputs_0", "inputs_1")
-    assert f"{names[0]} 3×8×8, {names[1]} 5 in, 4 out" in ran.out
+    assert "image 3×8×8, facts 5 in, 4 out" in ran.out
+    assert ran.out.endswith(
+        f"next: intact quantize --model {model} --data SOURCE\n"
+        "SOURCE is a .npz or .safetensors file, or a folder of .npy files, with an array "
+        "for each input:\nimage, facts\n"
+    )
     facts = json.loads(intact_("check", model, *shapes, "--json").out)
-    assert facts["inputs"] == {names[0]: [3, 8, 8], names[1]: [5]}
+    assert facts["inputs"] == {"image": [3, 8, 8], "facts": [5]}
     assert list(facts["outputs"].values()) == [[4]]
-    if shapes:
-        ran = intact_("check", model, *shapes[:2])
-        assert ran.code != 0
-        assert "takes 2 inputs (image, facts), but the example has 1" in " ".join(ran.err.split())
+    ran = intact_("check", model, "--input-shape", "3,8,8")
+    assert ran.code != 0
+    assert "takes 2 inputs (image, facts), but the example has 1" in " ".join(ran.err.split())
 
 
 def test_export_writes_all_inputs_and_outputs(here):
@@ -168,9 +172,6 @@ def test_certify_compares_every_layer_from_all_inputs_to_all_outputs(here):
     assert (ran.code, ran.err) == (0, "")
     found = json.loads(Path("certificate.json").read_text(encoding="utf-8"))
     assert {kind["kind"] for kind in found["inputs"]} >= {"stand-in", "random", "structured"}
-    ran = intact_("certify", "pyramid.st", "--data", "digits")
-    assert ran.code != 0
-    assert "has 2 inputs" in ran.err
 
 
 def test_a_fault_behind_any_output_or_input_fails_the_certificate():
@@ -209,17 +210,241 @@ def test_a_fault_behind_any_output_or_input_fails_the_certificate():
             assert found.engines[-1].first.layer == program.outputs[fault]
 
 
-def test_what_takes_one_input_only_says_so(here):
-    np.save("images.npy", np.zeros((4, 3, 8, 8), np.float32))
-    pair = ("quantize", "--model", "several_net.py:Pair", "--data", "images.npy", "-o", "pair")
-    ran = intact_(*pair)
+# -- data of several inputs ----------------------------------------------------------------------
+
+COUNT = 60
+MODELS = ["several_net.py:Pair", "several_net:Pair", "pair.pt2"]
+
+
+@pytest.fixture(scope="module")
+def pairs(here) -> dict[str, np.ndarray]:
+    """Arrays for the inputs of `Pair` and labels, as `.npz`, `.safetensors` and a folder."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "facts": rng.normal(size=(COUNT, 5)),
+        "image": rng.normal(size=(COUNT, 3, 8, 8)).astype(np.float32),
+        "y": rng.integers(0, 4, COUNT),
+    }
+    np.savez("pairs.npz", **arrays)
+    save_file(arrays, "pairs.safetensors")
+    Path("pairs").mkdir()
+    for name, array in arrays.items():
+        np.save(f"pairs/{name}.npy", array)
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def paired(pairs) -> dict[str, Ran]:
+    """`quantize` of each model, from another kind of source each."""
+    sources = ("pairs.npz", "pairs.safetensors", "pairs")
+    return {
+        model: intact_("quantize", "--model", model, "--data", source, "-o", f"pair{i}")
+        for i, (model, source) in enumerate(zip(MODELS, sources, strict=True))
+    }
+
+
+def given(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return arrays["image"], arrays["facts"].astype(np.float32)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_quantize_takes_an_array_for_each_input_by_its_name(here, pairs, paired, model):
+    ran, folder = paired[model], Path(f"pair{MODELS.index(model)}")
+    assert (ran.code, ran.err) == (0, "")
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    program = intact.load(folder / "program.safetensors")
+    assert program.inputs == ("image", "facts")
+    predicted = program.run(given(pairs), engine="reference").argmax(1)
+    report = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert report["stages"][-1]["correct"] == (predicted == pairs["y"]).sum()
+    assert report["stages"][-1]["sqnr_db"] > 25
+    assert list(report["inputs"]) == ["image", "facts"]
+    assert [report["inputs"][name]["shape"] for name in program.inputs] == [[3, 8, 8], [5]]
+    hashes = [hashlib.sha256(x.tobytes()).digest() for x in given(pairs)]
+    assert report["data"]["sha256"] == {
+        "calibration": hashlib.sha256(b"".join(hashes)).hexdigest(),
+        "test": hashlib.sha256(b"".join(hashes)).hexdigest(),
+        "labels": hashlib.sha256(pairs["y"].tobytes()).hexdigest(),
+    }
+
+
+def test_the_program_is_that_of_python(here, pairs, paired):
+    from several_net import Pair
+
+    model, exported = Pair(), torch.export.load("pair.pt2")
+    model.load_state_dict(exported.state_dict)
+    batch = tuple(map(torch.from_numpy, given(pairs)))
+    expected = intact.quantize(model, [batch])
+    program = intact.load("pair2/program.safetensors")
+    assert program.run(given(pairs)).tolist() == expected.run(given(pairs)).tolist()
+
+
+def test_the_page_shows_every_input(here, paired):
+    page = Path("pair0/report.html").read_text(encoding="utf-8")
+    for i, name in enumerate(("image", "facts")):
+        assert f'<a href="#input-{i}"><span>{name}</span></a>' in page
+        assert f'<h3 id="input-{i}-title"><span class="name">{name}</span>' in page
+
+
+@pytest.mark.parametrize("source", ["pairs.npz", "pairs.safetensors", "pairs"])
+def test_run_evaluate_and_certify_take_every_source_of_several_inputs(here, pairs, paired, source):
+    program = intact.load("pair2/program.safetensors")
+    outputs = program.run(given(pairs), engine="reference")
+    ran = intact_("run", "pair2/program.safetensors", source, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    shown = json.loads(ran.out)
+    assert [each["input"] for each in shown] == [str(i) for i in range(COUNT)]
+    assert np.array_equal(np.array([each["output"] for each in shown], np.float32), outputs)
+    ran = intact_("evaluate", "pair2/program.safetensors", "--data", source, "--json")
+    assert ran.code == 0
+    found = json.loads(ran.out)
+    right = int((outputs.argmax(1) == pairs["y"]).sum())
+    assert (found["correct"], found["total"]) == (right, COUNT)
+    report = json.loads(Path("pair2/results.json").read_text(encoding="utf-8"))
+    assert found["data"]["sha256"] == {k: report["data"]["sha256"][k] for k in ("test", "labels")}
+    options = ("--engines", "torch", "--samples", 9, "-o", "c.json")
+    ran = intact_("certify", "pair2/program.safetensors", "--data", source, *options)
+    assert (ran.code, ran.err) == (0, "")
+    data = json.loads(Path("c.json").read_text(encoding="utf-8"))["inputs"][0]
+    at = spread(COUNT, 9)
+    codes = program.quantize_input(tuple(x[at] for x in given(pairs)))
+    assert (data["kind"], data["samples"], data["description"]) == ("data", 9, source)
+    assert data["sha256"] == hashlib.sha256(b"".join(c.tobytes() for c in codes)).hexdigest()
+
+
+def test_samples_and_several_outputs_of_several_inputs(here):
+    program = intact.load("pyramid.st")
+    rng = np.random.default_rng(0)
+    shapes = [(7, *program.tensors[name].shape) for name in program.inputs]
+    x = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    np.savez("seven.npz", x=x[0], facts=x[1])
+    ran = intact_("run", "pyramid.st", "seven.npz", "--samples", 3, "-o", "three.npz")
+    assert (ran.code, ran.err) == (0, "")
+    expected = program.run(tuple(part[[0, 3, 6]] for part in x), engine="reference")
+    with np.load("three.npz") as written:
+        assert list(written) == list(program.outputs)
+        for name, array in zip(program.outputs, expected, strict=True):
+            assert np.array_equal(written[name], array)
+
+
+def test_without_labels_and_with_other_calibration_data(here, pairs):
+    np.savez("few.npz", image=pairs["image"][:9], facts=pairs["facts"][:9])
+    options = ("--data", "few.npz", "--calibration-data", "pairs", "-o", "few", "--json")
+    ran = intact_("quantize", "--model", "pair.pt2", *options)
+    assert ran.code == 0
+    report = json.loads(ran.out)
+    assert "labels" not in report["data"]["sha256"]
+    assert report["stages"][-1]["total"] == 9
+    assert (report["data"]["calibration"], report["data"]["calibrated on"]) == (COUNT, "pairs")
+    ran = intact_("evaluate", "few/program.safetensors", "--data", "few.npz")
     assert ran.code != 0
-    assert "takes 2 inputs, 'image' and 'facts', but samples" in " ".join(ran.err.split())
-    assert not Path("pair").exists()
-    np.save("x.npy", np.zeros((2, 3, 16, 16), np.float32))
-    ran = intact_("run", "pyramid.st", "x.npy")
+    assert "few.npz has no labels" in ran.err
+
+
+def test_a_folder_with_both_parts_calibrates_on_the_one_and_measures_on_the_other(here, pairs):
+    for part, samples in (("train", slice(20, None)), ("test", slice(20))):
+        Path("parts", part).mkdir(parents=True)
+        for name, array in pairs.items():
+            np.save(f"parts/{part}/{name}.npy", array[samples])
+    ran = intact_("quantize", "--model", "pair.pt2", "--data", "parts", "-o", "parts_out")
+    assert ran.code == 0
+    assert "ranges were chosen from samples that the stages were measured on" not in ran.out
+    report = json.loads(Path("parts_out/results.json").read_text(encoding="utf-8"))
+    data = report["data"]
+    assert (data["name"], data["calibrated on"]) == ("parts/test", "parts/train")
+    assert (data["test"], data["calibration"]) == (20, COUNT - 20)
+    ran = intact_("evaluate", "parts_out/program.safetensors", "--data", "parts", "--json")
+    assert json.loads(ran.out)["correct"] == report["stages"][-1]["correct"]
+
+
+def test_an_input_that_looks_unlike_the_calibrations_is_named(here, pairs):
+    np.savez("loud.npz", image=pairs["image"], facts=100 * pairs["facts"])
+    options = ("--data", "loud.npz", "--calibration-data", "pairs.npz", "-o", "loud")
+    ran = intact_("quantize", "--model", "pair.pt2", *options)
+    assert ran.code == 0
+    warnings = [line for line in ran.out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "'facts' of loud.npz reaches from" in warnings[0]
+
+
+WRONG = {
+    "digits": "digits cannot hold samples of the network's 2 inputs, 'image' and 'facts'. Name a "
+    ".npz or .safetensors file, or a folder of .npy files",
+    "absent.npz": "absent.npz cannot be read as an array: no such file",
+}
+
+
+@pytest.mark.parametrize("command", [("run",), ("evaluate", "--data"), ("certify", "--data")])
+@pytest.mark.parametrize("source", WRONG)
+def test_sources_that_hold_one_input_are_refused(here, paired, command, source):
+    ran = intact_(command[0], "pair2/program.safetensors", *command[1:], source)
     assert ran.code != 0
-    assert "the program has 2 inputs, 'x' and 'facts'; this works with one" in " ".join(
-        ran.err.split()
+    assert WRONG[source] in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize("model", MODELS[1:])
+def test_names_that_are_not_those_of_the_inputs_are_no_guess_of_quantize(here, pairs, model):
+    np.savez("renamed.npz", picture=pairs["image"], facts=pairs["facts"], y=pairs["y"])
+    ran = intact_("quantize", "--model", model, "--data", "renamed.npz", "-o", "renamed")
+    assert ran.code != 0
+    said = " ".join(ran.err.split())
+    assert "renamed.npz holds the arrays 'picture', 'facts' and 'y'" in said
+    assert "the network's inputs are 'image' and 'facts'" in said
+    assert "If 'picture' is meant for 'image', rename it." in said
+    assert not Path("renamed").exists()
+
+
+def test_the_shape_of_an_input_is_checked_before_anything_runs(here, pairs, paired):
+    arrays = {"facts": np.zeros((4, 7), np.float32), "image": np.zeros((4, 3, 8, 8), np.float32)}
+    np.savez("wide.npz", **arrays)
+    message = "'facts' of wide.npz holds samples of shape [7], but the network takes [5]"
+    for command in (
+        ("run", "pair2/program.safetensors", "wide.npz"),
+        ("quantize", "--model", "pair.pt2", "--data", "wide.npz", "-o", "wide"),
+    ):
+        ran = intact_(*command)
+        assert ran.code != 0
+        assert message in " ".join(ran.err.split())
+    # Code does not say what it takes, until it runs.
+    ran = intact_("quantize", "--model", MODELS[0], "--data", "wide.npz", "-o", "wide")
+    assert ran.code != 0
+    assert "several_net.py:" in ran.err
+    ran = intact_(
+        *("quantize", "--model", MODELS[0], "--data", "wide.npz"),
+        *("--calibration-data", "pairs.npz", "-o", "wide"),
     )
-    assert any(isinstance(op, Conv2d) for op in pyramid().ops)
+    assert ran.code != 0
+    assert "captured for samples of 'facts' of shape [5]" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--preset", "unit"),
+        ("--resize", 8),
+        ("--mean", "0.5", "--std", "0.5"),
+        ("--workers", 2),
+        ("--skip-corrupt",),
+        ("--data-dir", "."),
+    ],
+)
+def test_options_about_images_are_refused_where_there_are_several_inputs(here, paired, options):
+    given = " and ".join(option for option in options if str(option).startswith("--"))
+    for command in (
+        ("run", "pair2/program.safetensors", "pairs.npz"),
+        ("quantize", "--model", "pair.pt2", "--data", "pairs.npz", "-o", "refused"),
+    ):
+        ran = intact_(*command, *options)
+        assert ran.code != 0
+        said = " ".join(ran.err.split())
+        assert "the network has 2 inputs, 'image' and 'facts', whose arrays are taken as" in said
+        assert f"leave {given} out" in said
+    assert not Path("refused").exists()
+
+
+@pytest.mark.parametrize("options", [("--pixels",), ("--input-shape", "3,8,8")])
+def test_options_of_quantize_about_one_input_are_refused(here, pairs, options):
+    ran = intact_("quantize", "--model", "pair.pt2", "--data", "pairs", *options, "-o", "refused")
+    assert ran.code != 0
+    assert f"leave {options[0]} out" in " ".join(ran.err.split())
+    assert not Path("refused").exists()

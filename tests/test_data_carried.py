@@ -151,3 +151,18 @@ def test_a_program_that_takes_no_images_can_carry_none():
     program = intact.quantize(nn.Linear(4, 2), [torch.randn(8, 4)])
     with pytest.raises(IntactError, match=r"shape \[4\], which are no images"):
         carried_by(saying(program, GOOD))
+
+
+def test_programs_with_several_inputs_carry_none():
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return a - b
+
+    batch = torch.randn(8, *SHAPE), torch.randn(8, *SHAPE)
+    two = intact.quantize(Two(), [batch])
+    assert carried_by(two) is None
+    assert not pixels_alone(two)
+    with pytest.raises(StorageError, match="has 2 inputs, 'a' and 'b'; this works with one input"):
+        carried_by(saying(two, GOOD))
+    with pytest.raises(IntactError, match="has 2 inputs, 'a' and 'b'; this works with one input"):
+        intact.quantize(Two(), [batch], preprocessing=PRESETS["signed"])

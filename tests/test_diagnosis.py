@@ -483,24 +483,27 @@ def test_a_layer_is_not_blamed_for_the_noise_that_it_is_given():
     finding = only(diagnose(noisy, results, PLENTY), "noisy")
     assert finding.layer == "hidden"
     assert "is 9.0 dB" in finding.message
-    assert f"{analysis.input.sqnr_db - 12:.1f} dB, to 12.0 dB" in finding.message
-    clean_input = replace(noisy.input, sqnr_db=13.0)
-    assert (
-        only(diagnose(replace(noisy, input=clean_input), results, PLENTY), "noisy").layer == "last"
-    )
+    assert f"{analysis.inputs['x'].sqnr_db - 12:.1f} dB, to 12.0 dB" in finding.message
+    clean = replace(noisy, inputs={"x": replace(noisy.inputs["x"], sqnr_db=13.0)})
+    assert only(diagnose(clean, results, PLENTY), "noisy").layer == "last"
 
 
 def test_no_layer_is_blamed_for_a_tenth_of_a_decibel():
     analysis, results = run(network(), DEFAULT)
     layers = tuple(replace(layer, sqnr_db=12.0) for layer in analysis.layers)
-    given = replace(analysis.input, sqnr_db=12.1)
+    given = {"x": replace(analysis.inputs["x"], sqnr_db=12.1)}
     finding = only(
-        diagnose(replace(analysis, input=given, layers=layers), results, PLENTY), "noisy"
+        diagnose(replace(analysis, inputs=given, layers=layers), results, PLENTY), "noisy"
     )
     assert finding.layer == ""
     assert "No layer is to blame: the largest step down, hidden, is 0.1 dB" in finding.message
     assert "The codes of the input alone leave 12.1 dB" in finding.message
     assert "the input more bits" in finding.advice
+    several = {"quiet": replace(given["x"], sqnr_db=40.0), "noisy": given["x"]}
+    finding = only(
+        diagnose(replace(analysis, inputs=several, layers=layers), results, PLENTY), "noisy"
+    )
+    assert "The codes of the input noisy alone leave 12.1 dB" in finding.message
 
 
 def test_a_clear_result_is_not_called_noisy():

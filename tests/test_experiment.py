@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import intact
 from intact.data import Dataset, load_dataset, to_input
+from intact.data.several import open_several
 from intact.data.sources import open_samples
 from intact.engines.reference import ReferenceEngine
 from intact.errors import DataError, IntactError
@@ -208,6 +210,36 @@ def test_a_recipe_for_a_layer_that_is_not_there_is_refused(digits):
 def test_a_folder_that_is_not_there_is_refused(experiment, tmp_path):
     with pytest.raises(IntactError, match="missing does not exist"):
         write_experiment(experiment, tmp_path / "missing")
+
+
+# -- several inputs -------------------------------------------------------------------------------
+
+
+class Sides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, a, b):
+        return torch.relu(self.left(a)) + self.right(b)
+
+
+def test_samples_must_be_of_the_inputs_that_the_network_takes(digits, tmp_path):
+    arrays = {"a": np.ones((3, 4), np.float32), "b": np.ones((3, 2), np.float32)}
+    np.savez(tmp_path / "ab.npz", **arrays)
+    np.save(tmp_path / "a.npy", arrays["a"])
+    both = open_several(tmp_path / "ab.npz", {"a": (4,), "b": (2,)})
+    turned = open_several(tmp_path / "ab.npz", {"b": (2,), "a": (4,)})
+    alone = open_samples(tmp_path / "a.npy")
+    arguments = {"recipe": PRESETS["lab"], "title": "", "command": "", "seed": 0}
+    with pytest.raises(DataError, match=r"takes 2 inputs, 'a' and 'b', but .* a\.npy are of one"):
+        run_experiment(Sides(), both, alone, **arguments)
+    with pytest.raises(DataError, match=r"but samples of ab\.npz are of 'b' and 'a'"):
+        run_experiment(Sides(), turned, both, **arguments)
+    with pytest.raises(DataError, match=r"takes one input, but samples of ab\.npz are of 'a' and"):
+        run_experiment(nn.Linear(4, 3), both, alone, **arguments)
+    report = run_experiment(Sides(), both, both.take(2), **arguments).report
+    assert (list(report.inputs), report.stages[0].total) == (["a", "b"], 2)
 
 
 # -- data without labels ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from torch import nn
 from torch.export import Dim, export, save
 
 from intact.capturing import capture
+from intact.capturing.exporting import required_inputs
 from intact.errors import ModelError, ModelWarning
-from intact.loading import input_shape, load_model
+from intact.loading import input_shape, input_shapes, load_model
 from intact.zoo import ResNet8, load_lenet
 
 NET = """\
@@ -249,6 +251,36 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return self.conv(torch.relu(self.conv(x)) + x).flatten(1)
+
+
+class Sides(nn.Module):
+    """Two inputs, called as what runs an exported program may call its own arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, model, inputs):
+        return torch.relu(self.left(model)) + self.right(inputs)
+
+
+def test_an_exported_program_keeps_the_names_of_its_inputs(tmp_path):
+    torch.manual_seed(0)
+    net, x = Sides().eval(), (torch.randn(5, 4), torch.randn(5, 2))
+    dynamic = ({0: Dim("batch")},) * 2
+    save(export(net, x, dynamic_shapes=dynamic), tmp_path / "net.pt2")
+    program = load_model(str(tmp_path / "net.pt2"))
+    assert input_shapes(program) == ((4,), (2,))
+    assert required_inputs(program) == ["model", "inputs"]
+    assert torch.equal(program(*x), net(*x))
+    ours = capture(program, {"inputs": x[1], "model": x[0]})
+    assert (ours.inputs, ours.ops) == (("model", "inputs"), capture(net, x).ops)
+    assert torch.equal(ours(x), net(*x))
+    copied = copy.deepcopy(program)
+    with torch.no_grad():
+        copied.get_submodule("left").weight.zero_()
+    assert not torch.equal(copied(*x), net(*x))
+    assert torch.equal(program(*x), net(*x))
 
 
 class Graded(Shared):

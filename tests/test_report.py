@@ -173,7 +173,7 @@ def test_json_reads_back_to_the_same_report_and_the_same_bytes(report: Report) -
 def test_json_has_the_documented_keys_in_a_stable_order() -> None:
     document = json.loads(report_to_json(LENET))
     assert list(document) == [
-        "format", "title", "command", "stages", "input", "layers", "diagnosis", "program",
+        "format", "title", "command", "stages", "inputs", "layers", "diagnosis", "program",
         "recipe", "recipe_toml", "data", "seed", "versions",
     ]  # fmt: skip
     assert list(document["stages"][0])[:5] == ["name", "correct", "total", "accuracy", "interval"]
@@ -190,9 +190,9 @@ def test_json_refuses_to_write_what_it_cannot_hold(value: Any) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"format": 1', '"format": 2', "format 2"),
-        ('"format": 1', '"format": true', "format True"),
-        ('"format": 1,', "", "format None"),
+        ('"format": 2', '"format": 1', "format 1"),
+        ('"format": 2', '"format": true', "format True"),
+        ('"format": 2,', "", "format None"),
         ('"seed": 0', '"seed": "0"', r"report\.seed must be of type int, but is '0'"),
         ('"seed": 0', '"seed": false', r"report\.seed"),
         ('"seed": 0', '"seed": 0, "seed": 1', "twice"),
@@ -207,7 +207,7 @@ def test_json_refuses_to_write_what_it_cannot_hold(value: Any) -> None:
         ('"bits": 8', '"bits": 64', "bits is 64"),
         ('"qmin": -128', '"qmin": -127', "one count per code"),
         ('"classes": 10', '"classes": 1e999', r"report\.data\.classes"),
-        ('"min": -1.0', '"min": -1e300', "report.input: .* float32"),
+        ('"min": -1.0', '"min": -1e300', r"report\.inputs\.input: .* float32"),
     ],
 )
 def test_a_malformed_file_is_an_error_that_says_where(old: str, new: str, message: str) -> None:
@@ -217,7 +217,13 @@ def test_a_malformed_file_is_an_error_that_says_where(old: str, new: str, messag
         report_from_json(text.replace(old, new, 1))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"format": 1}'])
+def test_a_report_without_any_input_is_refused() -> None:
+    text = report_to_json(dataclasses.replace(LENET, inputs={}))
+    with pytest.raises(StorageError, match=r"report\.inputs must name at least one input"):
+        report_from_json(text)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"format": 2}'])
 def test_what_is_no_report_at_all_is_an_error(text: str) -> None:
     with pytest.raises(StorageError):
         report_from_json(text)
@@ -279,7 +285,7 @@ def _paths(svg: str, name: str) -> list[str]:
 def _tensor(counts: tuple[float, ...], **changes: Any) -> TensorAnalysis:
     histogram = Histogram(-1.0, 1.0, counts, counts[::-1])
     fields = {"histogram": histogram, "min": -1.0, "max": 1.0, "range": (-1.0, 1.0), **changes}
-    return dataclasses.replace(LENET.input, **fields)
+    return dataclasses.replace(LENET.inputs["input"], **fields)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40))
@@ -333,7 +339,7 @@ def test_unusual_tensors_are_drawn(changes: dict[str, Any]) -> None:
     for svg in (histogram_plot(tensor).svg, code_plot(tensor).svg):
         assert not re.search("nan|inf|e[+-]", svg)
     assert (channel_plot(tensor) is None) == (len(tensor.channel_min) < 2)
-    assert "</html>" in render(dataclasses.replace(LENET, input=tensor))
+    assert "</html>" in render(dataclasses.replace(LENET, inputs={"input": tensor}))
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-3, 1e6), st.integers(2, 8))
@@ -440,7 +446,7 @@ def test_hostile_text_stays_text() -> None:
         recipe_toml=HOSTILE,
         data={HOSTILE: [HOSTILE]},
         versions={HOSTILE: HOSTILE, "intact": HOSTILE},
-        input=dataclasses.replace(LENET.input, type_name=HOSTILE),
+        inputs={HOSTILE: dataclasses.replace(LENET.inputs["input"], type_name=HOSTILE)},
     )
     reader, calm = _Reader(render(report)), _Reader(PAGE)
     assert reader.tags.count("script") == 1

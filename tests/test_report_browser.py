@@ -151,8 +151,8 @@ def test_values_appear_under_the_pointer(page: playwright.Page) -> None:
 
 
 def test_the_histogram_reads_out_the_bin_that_is_there(page: playwright.Page) -> None:
-    histogram = REPORT.input.histogram
-    plot = page.locator("#input figure.histogram .plot")
+    histogram = REPORT.inputs["input"].histogram
+    plot = page.locator("#input-0 figure.histogram .plot")
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
     assert box is not None

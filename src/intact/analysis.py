@@ -23,6 +23,7 @@ from intact.network import Network
 from intact.ops import Op, Reshape, Shape, accumulates, weighted
 from intact.program import Program
 from intact.recipe import Recipe
+from intact.signature import Values, unwrapped, wrapped
 from intact.significance import decibels
 from intact.sketch import Sketch
 
@@ -122,13 +123,14 @@ class LayerAnalysis:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """The analysis of a program: its input tensor, and its layers in the order of execution.
+    """The analysis of a program: its inputs, and its layers in the order of execution.
 
+    inputs   name -> the tensor, in the program's order
     outputs  names of the layers whose results are the program's outputs, in their order; of a
              reshape, the layer that it reshapes
     """
 
-    input: TensorAnalysis
+    inputs: Mapping[str, TensorAnalysis]
     layers: tuple[LayerAnalysis, ...]
     outputs: tuple[str, ...]
 
@@ -141,7 +143,7 @@ def analyse(
     program: Program,
     sketches: Mapping[str, Sketch],
     recipe: Recipe,
-    batches: Iterable[torch.Tensor],
+    batches: Iterable[Values],
     progress: Callable[[int], object] | None = None,
 ) -> Analysis:
     """Compare every tensor of a program with the float network's, on calibration data.
@@ -149,7 +151,8 @@ def analyse(
     network   the aligned float network that `program` was lowered from
     sketches  tensor -> `Sketch` of the float values, from `calibrate` on the same data
     recipe    that made the program
-    batches   float32 [N, ...] each; the data may be less than was calibrated on
+    batches   float32 [N, ...] each, of several inputs a tuple of these; the data may be less than
+              was calibrated on
     progress  called after each batch with the number of samples seen so far
     """
     meters = {name: _Meter(tensor.qparams) for name, tensor in program.tensors.items()}
@@ -178,14 +181,15 @@ def analyse(
             seen[name] += len(codes)
             meters[name].add(floats[name][start : seen[name]], codes)
 
-        engine(program.quantize_input(batch.numpy()), compare)
-        done += len(batch)
+        parts = wrapped(batch, program.inputs)
+        engine(program.quantize_input(unwrapped(part.numpy() for part in parts)), compare)
+        done += len(parts[0])
         if progress:
             progress(done)
     if not done:
         raise DataError("there is no data to analyse: the batches hold no images.")
     return Analysis(
-        _activation(program, program.input, sketches, meters[program.input]),
+        {name: _activation(program, name, sketches, meters[name]) for name in program.inputs},
         tuple(
             _layer(network, program, op, sketches, recipe, meters[op.name])
             for op in program.ops

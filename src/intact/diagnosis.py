@@ -309,15 +309,15 @@ def _noisy(analysis: Analysis) -> Iterator[Finding]:
     if last is None or last >= NOISY_DB:
         return
     said = f"The result's signal-to-noise ratio is {last:.1f} dB."
-    first = analysis.input.sqnr_db
-    known: dict[str, float] = {}
+    ratio_of = {name: tensor.sqnr_db for name, tensor in analysis.inputs.items()}
+    known = {name: ratio for name, ratio in ratio_of.items() if ratio is not None}
+    first = min(known.values(), default=99.0)
+    noisiest = min(known, key=known.__getitem__, default="")
     drops: list[tuple[float, LayerAnalysis]] = []
     for layer in analysis.layers:
         if layer.sqnr_db is None:
             continue
-        before = min((known[i] for i in layer.inputs if i in known), default=None)
-        if before is None:
-            before = first if first is not None else 99.0
+        before = min((known[i] for i in layer.inputs if i in known), default=first)
         known[layer.name] = layer.sqnr_db
         drops.append((before - layer.sqnr_db, layer))
     drop, worst = max(drops, key=lambda pair: pair[0])
@@ -326,9 +326,10 @@ def _noisy(analysis: Analysis) -> Iterator[Finding]:
             f"{said} No layer is to blame: the largest step down, {worst.name}, is {drop:.1f} dB."
         )
         advice = "Give all weights or all activations more bits."
-        if first is not None and first < NOISY_DB:
-            told += f" The codes of the input alone leave {first:.1f} dB."
-            advice = "Give the input more bits, or a range that suits the data."
+        if first < NOISY_DB:
+            which = "the input" if len(analysis.inputs) == 1 else f"the input {noisiest}"
+            told += f" The codes of {which} alone leave {first:.1f} dB."
+            advice = f"Give {which} more bits, or a range that suits the data."
         yield Finding("noisy", "advice", "", told, advice)
         return
     yield Finding(

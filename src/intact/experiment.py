@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib.metadata import version
@@ -51,7 +51,7 @@ from intact.pipeline import Quantized, quantize_network
 from intact.pixels import take_pixels
 from intact.recipe import Recipe
 from intact.report import ProgramFacts, Report, render, report_to_json
-from intact.signature import listed
+from intact.signature import Values, listed, unwrapped, wrapped
 from intact.staged import Stages, measure
 from intact.storage import to_bytes, write_atomically
 
@@ -98,19 +98,20 @@ def run_experiment(
 ) -> Experiment:
     """Capture, calibrate, lower, measure every stage, analyse every layer, diagnose.
 
-    calibration     what ranges are chosen from; its labels are not looked at
+    calibration     what ranges are chosen from; its labels are not looked at. Of a model with
+                    several inputs, samples of these
     test            what the stages are measured on, with labels or without
     title, command  for the report
     seed            of whatever made the model, for the report
     data            what the report says of the data; None: the names of calibration and test data,
-                    how many samples there were, and the SHA-256 of all inputs, float32, and of the
-                    labels, int64, little-endian
+                    how many samples there were, and the SHA-256 of all inputs and of the labels,
+                    see `SampleHashes`
     pixels          how the network wants pixels normalised, where the samples are pixels as they
                     are and the program shall take them so
     """
     tell = progress or (lambda *_: None)
     tell("capturing", 0, 1)
-    _check_inputs(model)
+    _check_inputs(model, calibration, test)
     network = _captured(model, calibration)
     if pixels is not None:
         network = take_pixels(network, pixels.mean, pixels.std)
@@ -151,7 +152,7 @@ def run_experiment(
         quantized.program,
         quantized.sketches,
         recipe,
-        _first(calibration.batches(size), analysed),
+        _first(calibration.batches(size), analysed, network.inputs),
         lambda done: tell("comparing every layer", done, analysed),
     )
     program, file = quantized.program, to_bytes(quantized.program)
@@ -159,7 +160,7 @@ def run_experiment(
         title=title,
         command=command,
         stages=stages.results,
-        input=analysis.input,
+        inputs=analysis.inputs,
         layers=analysis.layers,
         diagnosis=diagnose(analysis, stages, seen),
         program=ProgramFacts(
@@ -190,12 +191,8 @@ def run_experiment(
         seed=seed,
         versions=versions(),
     )
-    seen_channels, given = (reduce(Channels.merge, p.looks) for p in (calibrating, testing))
-    remarks = [
-        check(seen_channels, given, test.name) for check in (unlike_calibration, swapped_channels)
-    ]
     return Experiment(
-        report, stages, quantized, model.state_dict(), tuple(r for r in remarks if r is not None)
+        report, stages, quantized, model.state_dict(), _unlike(calibrating, testing, test.inputs)
     )
 
 
@@ -252,36 +249,48 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_inputs(model: nn.Module) -> None:
-    needed = required_inputs(model)
-    if len(needed) > 1:
+def _check_inputs(model: nn.Module, *sources: Samples) -> None:
+    """`DataError` unless samples are of as many inputs as the network takes."""
+    needed = tuple(required_inputs(model))
+    for samples in sources:
+        if samples.inputs == (needed if len(needed) > 1 else None):
+            continue
+        if len(needed) > 1:
+            have = "one" if samples.inputs is None else listed(samples.inputs)
+            raise DataError(
+                f"the network takes {len(needed)} inputs, {listed(needed)}, but samples of "
+                f"{samples.name} are of {have}. Open them with intact.data.several.open_several."
+            )
         raise DataError(
-            f"the network takes {len(needed)} inputs, {listed(needed)}, but samples of files and "
-            "folders are of one. Quantize it in Python, with intact.quantize and intact.stages, "
-            "whose batches may be of several."
+            f"the network takes one input, but samples of {samples.name} are of "
+            f"{listed(samples.inputs or ())}. Open them with intact.data.sources.open_samples."
         )
 
 
 def _captured(model: nn.Module, samples: Samples) -> Network:
     """The network, captured for the shape of the samples; the error says if that is to blame."""
     try:
-        return capture(model, torch.zeros(1, *samples.shape))
+        return capture(model, unwrapped(torch.zeros(1, *shape) for shape in samples.shapes))
     except CaptureError as error:
-        if not (hint := channels_last_hint(samples.shape)):
-            raise
-        raise DataError(
-            f"the network does not take samples of shape {list(samples.shape)}, as "
-            f"{samples.name} holds them.{hint} What it says of them:\n{error}"
-        ) from error
+        suspects = [(shape, channels_last_hint(shape)) for shape in samples.shapes]
+        for shape, hint in suspects:
+            if hint:
+                raise DataError(
+                    f"the network does not take samples of shape {list(shape)}, as {samples.name} "
+                    f"holds them.{hint} What it says of them:\n{error}"
+                ) from error
+        raise
 
 
 def _check_test_data(network: Network, test: Samples) -> None:
-    taken = network.tensors[network.input].shape
-    if test.shape != taken:
-        raise DataError(
-            f"the network was captured for samples of shape {list(taken)}, as calibration has "
-            f"them, but those of {test.name} have shape {list(test.shape)}."
-        )
+    for name, given in zip(network.inputs, test.shapes, strict=True):
+        taken = network.tensors[name].shape
+        if given != taken:
+            of = f" of {name!r}" if test.inputs else ""
+            raise DataError(
+                f"the network was captured for samples{of} of shape {list(taken)}, as calibration "
+                f"has them, but those of {test.name} have shape {list(given)}."
+            )
     outputs = math.prod(network.tensors[network.outputs[0]].shape)
     if test.classes is not None and len(test.classes) > outputs:
         raise DataError(
@@ -296,32 +305,51 @@ class _Passing:
 
     name    of the samples
     pixels  whether inputs that are no pixels are a `DataError`
+    looks   of each batch, the channels of every input
     """
 
     name: str
     pixels: bool
-    looks: list[Channels] = field(default_factory=list)
+    looks: list[tuple[Channels, ...]] = field(default_factory=list)
     hashes: SampleHashes = field(default_factory=SampleHashes)
 
     def pass_on(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for x, labels in batches:
             if self.pixels:
                 check_pixel_values(x, self.name)
-            self.looks.append(Channels.of(x))
+            parts = x if isinstance(x, tuple) else (x,)
+            self.looks.append(tuple(map(Channels.of, parts)))
             self.hashes.update(x, labels)
             yield x, labels
 
 
-def _inputs(batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+def _unlike(
+    calibrating: _Passing, testing: _Passing, inputs: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """In which inputs the test data looks unlike the calibration's, and how."""
+    remarks = []
+    pairs = zip(
+        *(zip(*passed.looks, strict=True) for passed in (calibrating, testing)), strict=True
+    )
+    for i, looks in enumerate(pairs):
+        seen, given = (reduce(Channels.merge, look) for look in looks)
+        name = testing.name if inputs is None else f"{inputs[i]!r} of {testing.name}"
+        remarks += [check(seen, given, name) for check in (unlike_calibration, swapped_channels)]
+    return tuple(remark for remark in remarks if remark is not None)
+
+
+def _inputs(batches: Iterable[Batch]) -> Iterator[Values]:
+    """The inputs of batches as tensors."""
     for x, _ in batches:
-        yield torch.from_numpy(x)
+        yield unwrapped(map(torch.from_numpy, x if isinstance(x, tuple) else (x,)))
 
 
-def _first(batches: Iterable[Batch], count: int) -> Iterator[torch.Tensor]:
+def _first(batches: Iterable[Batch], count: int, inputs: Sequence[str]) -> Iterator[Values]:
     """The inputs of the first so many samples."""
     left = count
     for x in _inputs(batches):
-        yield x[:left]
-        left -= len(x)
+        parts = wrapped(x, inputs)
+        yield unwrapped(part[:left] for part in parts)
+        left -= len(parts[0])
         if left <= 0:
             return

@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import Parameter, Signature
 from os import PathLike
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ class ExportedModel(nn.Module):
 
     input_shapes  of one sample of each input, float32
 
+    Inputs keep the names that the exported program has for them: `forward` has them as parameters.
+
     A program that was exported in training mode or for one size of batch is a `ModelError` that
     says how to export it.
     """
@@ -51,6 +55,7 @@ class ExportedModel(nn.Module):
         module = program.module(check_guards=False)
         _check_mode(module.graph)
         self._shared = _Shared(module.graph, program.call_spec.out_spec)
+        self.forward = MethodType(_forward(self._shared.graph), self)
         for node in self._shared.graph.nodes:
             if node.op == "call_function":
                 self._make_place(*_place(node))
@@ -59,7 +64,7 @@ class ExportedModel(nn.Module):
                 self._take(str(node.target), operator.attrgetter(node.target)(module))
         self.eval()
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
+    def run(self, inputs: Sequence[torch.Tensor]) -> Any:
         """What the exported program computes."""
         values: dict[Node, Any] = {}
         given = iter(inputs)
@@ -110,6 +115,22 @@ class _Shared:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
+
+
+def _forward(graph: Graph) -> Callable[..., Any]:
+    """The `forward` of one exported model, which runs the graph.
+
+    torch.export and `capture` read off its signature what inputs are called. That of a method of
+    the class would be the same for all programs.
+    """
+
+    def forward(model: ExportedModel, *inputs: torch.Tensor) -> Any:
+        return model.run(inputs)
+
+    names = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    parameters = [Parameter(name, Parameter.POSITIONAL_ONLY) for name in ("self", *names)]
+    forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return forward
 
 
 class _Place(nn.Module):

@@ -146,7 +146,8 @@ def infer(
 class Evaluation:
     """How often a program is right.
 
-    inputs, labels  SHA-256 of the samples, as in the `results.json` of a run on the same ones
+    inputs, labels  SHA-256 of the samples, as in the `results.json` of a run on the same ones; see
+                    `SampleHashes`
     """
 
     correct: int
@@ -178,7 +179,7 @@ def evaluate(
     if not samples.labelled:
         raise DataError(
             f"{samples.name} has no labels, so nothing says what is right. Give images in a folder "
-            "per class, or a .npz or .safetensors file with samples 'x' and labels 'y'; `intact "
+            "per class, or a .npz or .safetensors file whose array 'y' holds the labels; `intact "
             "run` gives predictions without labels."
         )
     outputs = math.prod(program.tensors[program.outputs[0]].shape)
@@ -196,9 +197,9 @@ def evaluate(
         check_labels(labels, outputs, samples.name)
         hashes.update(x, labels)
         first = wrapped(run(x), program.outputs)[0]
-        predicted = first.reshape(len(x), outputs).argmax(axis=1)
+        predicted = first.reshape(len(labels), outputs).argmax(axis=1)
         correct += int((predicted == labels).sum())
-        total += len(x)
+        total += len(labels)
         tell(total)
     return Evaluation(correct, total, hashes.inputs, hashes.labels)
 
@@ -209,7 +210,7 @@ def _runner(
     """From a batch of the samples to the program's output codes."""
     pixels = pixels_alone(program)
 
-    def run(x: npt.NDArray[np.float32]) -> Values:
+    def run(x: Values) -> Values:
         if pixels:
             check_pixel_values(x, samples.name)
         return engine(program.quantize_input(x))

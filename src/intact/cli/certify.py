@@ -101,6 +101,7 @@ def certify(
 
             from intact.data.carried import pixels_alone
             from intact.data.checking import check_pixel_values
+            from intact.signature import unwrapped, wrapped
 
             real = open_for(
                 loaded,
@@ -111,8 +112,9 @@ def certify(
                 skip_corrupt=skip_corrupt,
                 remark=remarks.setdefault,
             )
-            parts = [x for x, _ in real.take(samples or SAMPLES).batches(SAMPLES)]
-            inputs, description = np.concatenate(parts), real.name
+            taken = real.take(samples or SAMPLES).batches(SAMPLES)
+            parts = zip(*(wrapped(x, loaded.inputs) for x, _ in taken), strict=True)
+            inputs, description = unwrapped(map(np.concatenate, parts)), real.name
             if pixels_alone(loaded):
                 check_pixel_values(inputs, real.name)
         certificate = compare(

@@ -7,7 +7,7 @@ import math
 import shlex
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,22 +95,29 @@ def check(
         f"sample, {count(facts['parameters'], 'parameter')}",
         soft_wrap=False,
     )
-    console.print(f"next: {_next(model, weights, input_shape or (), tuple(taken))}")
+    shapes_taken = {name: found.network.tensors[name].shape for name in found.network.inputs}
+    console.print(f"next: {_next(model, weights, input_shape or (), shapes_taken)}")
 
 
-def _next(model: str, weights: Path | None, given: Sequence[str], taken: tuple[Shape, ...]) -> str:
+def _next(
+    model: str, weights: Path | None, given: Sequence[str], taken: Mapping[str, Shape]
+) -> str:
     """The command that quantizes what was checked, with the digits where they fit.
 
     given  what `--input-shape` said
-    taken  the shapes of the network's inputs
+    taken  the network's inputs, and the shapes of their samples
     """
-    if len(taken) > 1:
-        return f"intact.quantize in Python, as files and folders hold one input, not {len(taken)}"
     words = ["intact", "quantize", "--model", model]
     words += [] if weights is None else ["--weights", str(weights)]
+    if len(taken) > 1:
+        return shlex.join([*words, "--data", "SOURCE"]) + (
+            "\nSOURCE is a .npz or .safetensors file, or a folder of .npy files, with an array for "
+            f"each input:\n{', '.join(taken)}"
+        )
+    digits = [*taken.values()] == [DIGITS]
     words += [word for shape in given for word in ("--input-shape", shape)]
-    words += ["--data", "digits" if taken == (DIGITS,) else "SOURCE"]
-    where = "" if taken == (DIGITS,) else "\nSOURCE is a folder of images, or a .npy or .npz file"
+    words += ["--data", "digits" if digits else "SOURCE"]
+    where = "" if digits else "\nSOURCE is a folder of images, or a .npy or .npz file"
     return shlex.join(words) + where
 
 

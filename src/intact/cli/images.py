@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -35,6 +35,7 @@ __all__ = [
     "WorkersOption",
     "check_used",
     "open_for",
+    "refuse_images",
     "show_remarks",
 ]
 
@@ -50,7 +51,8 @@ class PresetChoice(str, Enum):
 
 SOURCE_HELP = (
     "a folder of images, with a folder per class or without classes; a .npy, .npz or .safetensors "
-    "file; digits or cifar10."
+    "file; digits or cifar10; for several inputs, a file or a folder of .npy files with an array "
+    "for each."
 )
 """What a SOURCE can be, after a colon."""
 
@@ -160,8 +162,12 @@ class ImageOptions:
     @property
     def given(self) -> str:
         """The options that were given, in words: "--preset and --crop"; "" for none."""
-        names = [f"--{name}" for name, value in vars(self).items() if value is not None]
-        return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+        return _joined(self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """The options that were given."""
+        return [f"--{name}" for name, value in vars(self).items() if value is not None]
 
     def applied(self, start: Preprocessing | None) -> Preprocessing | None:
         """What is done to images: the preset or else `start`, with what else is given in its place.
@@ -205,6 +211,22 @@ def check_used(options: ImageOptions, *sources: Samples) -> None:
         )
 
 
+def refuse_images(inputs: Sequence[str], options: ImageOptions, **others: object) -> None:
+    """`DataError` for options about images where there are several inputs.
+
+    others  options besides, with underscores for hyphens: those with a value were given
+    """
+    from intact.signature import listed
+
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value]
+    if names := [*options.names, *given]:
+        raise DataError(
+            f"the network has {len(inputs)} inputs, {listed(inputs)}, whose arrays are taken as "
+            f"they are: prepare them as in its training, and leave {_joined(names)} out. Such "
+            "options are about images, as the only input."
+        )
+
+
 def open_for(
     program: Program,
     source: str,
@@ -217,15 +239,23 @@ def open_for(
 ) -> Samples:
     """The samples of a source, prepared as the program says unless the options say otherwise.
 
-    Of a source that has a training and a test part, the test part, as in `intact quantize`.
+    Of a source that has a training and a test part, the test part, as in `intact quantize`. Of a
+    program with several inputs, what `open_several` opens, and no options about images.
 
     remark  called with what the user should know: images that are left out, and options that
             differ from what the program carries
     """
     from intact.data.carried import carried_by
     from intact.data.preprocessing import PRESETS
+    from intact.data.several import open_several
     from intact.data.sources import open_samples
 
+    if len(program.inputs) > 1:
+        refuse_images(
+            program.inputs, options, data_dir=data_dir, workers=workers, skip_corrupt=skip_corrupt
+        )
+        shapes = {name: program.tensors[name].shape for name in program.inputs}
+        return open_several(source, shapes, part="test")
     shape = program.tensors[program.input].shape
     carried = carried_by(program)
     start = carried
@@ -262,6 +292,10 @@ def show_remarks(remarks: Iterable[str]) -> None:
     """Print what `open_for` remarked, on standard error, so that JSON stays JSON."""
     for remark in remarks:
         terminal(stderr=True).print(remark, style="yellow")
+
+
+def _joined(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _crop(text: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from intact.cli.images import (
     StdOption,
     WorkersOption,
     check_used,
+    refuse_images,
     show_remarks,
 )
 from intact.cli.networks import MODEL_HELP, InputShapeOption, WeightsOption, shape_of
@@ -91,7 +92,8 @@ def quantize(
     Prints the table of stages, and leaves in the folder OUT: float.safetensors,
     program.safetensors, predictions.npz, results.json, report.html.
 
-    Without labels, stages are compared with the float network alone. docs/quantize.md says more.
+    Without labels, stages are compared with the float network alone. Of a network with several
+    inputs, SOURCE holds an array for each. docs/quantize.md says more.
     """
     shape = shape_of(input_shape)
     images = ImageOptions.parse(preset, resize, crop, mean, std)
@@ -119,13 +121,29 @@ def quantize(
     skipped: dict[str, None] = {}  # a set that keeps its order
     with progress("loading") as tell:
         from intact import loading
+        from intact.capturing.exporting import required_inputs
         from intact.data.checking import other_classes
         from intact.data.preprocessing import PRESETS
+        from intact.data.several import open_several
         from intact.data.sources import BUILT_IN, open_samples
         from intact.experiment import run_experiment, write_experiment
         from intact.recipe import load_recipe
         from intact.report import report_to_json
 
+        chosen = load_recipe(recipe)
+        check_folder(out)
+        network = loading.load_model(model, weights)
+        inputs = required_inputs(network)
+        if len(inputs) > 1:
+            refuse_images(
+                inputs,
+                images,
+                data_dir=data_dir,
+                input_shape=input_shape,
+                workers=workers,
+                skip_corrupt=skip_corrupt,
+                pixels=pixels,
+            )
         preprocessing = images.applied(None)
         normalising = None
         if pixels:
@@ -136,12 +154,12 @@ def quantize(
                     "--mean and --std, beside --pixels."
                 )
             preprocessing = replace(normalising, normalise=False)
-        chosen = load_recipe(recipe)
-        check_folder(out)
-        network = loading.load_model(model, weights)
         wanted = shape or loading.input_shape(network)
 
         def opened(source: str, part: Literal["train", "test"], folder: Path | None) -> Samples:
+            if len(inputs) > 1:
+                shapes = loading.input_shapes(network) or [None] * len(inputs)
+                return open_several(source, dict(zip(inputs, shapes, strict=True)), part=part)
             return open_samples(
                 source,
                 preprocessing=preprocessing,

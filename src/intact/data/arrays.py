@@ -6,6 +6,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,23 @@ from intact.data.samples import Listed, Numbered, Positions, Samples
 from intact.errors import DataError
 from intact.ops import Shape
 
-__all__ = ["SUFFIXES", "Rows", "array_samples", "npz_bytes", "read_arrays"]
+__all__ = [
+    "LABEL_NAMES",
+    "SUFFIXES",
+    "Array",
+    "Rows",
+    "array_samples",
+    "in_memory",
+    "npz_bytes",
+    "open_arrays",
+    "read_arrays",
+    "readable",
+]
 
 SUFFIXES = frozenset({".npy", ".npz", ".safetensors"})
 SAMPLE_NAMES = ("x", "images", "inputs")
 LABEL_NAMES = ("y", "labels")
+"""What the array of the labels may be called."""
 DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, SafetensorError)
 """What reading a file raises that is damaged or packed in an unknown way."""
 
@@ -71,8 +84,8 @@ def read_arrays(path: Path) -> tuple[Rows, Array | None]:
     labels. Of a .npy or .safetensors file only the samples that are asked for are in memory. A
     pickle is never loaded. What cannot be read, or is a single number, raises `DataError`.
     """
-    try:
-        arrays = _open(path)
+    with readable(path):
+        arrays = open_arrays(path)
         labels = next((arrays[name]() for name in LABEL_NAMES if name in arrays), None)
         others = [name for name in arrays if name not in LABEL_NAMES]
         chosen = next((name for name in SAMPLE_NAMES if name in arrays), None)
@@ -85,6 +98,16 @@ def read_arrays(path: Path) -> tuple[Rows, Array | None]:
                 f"of the samples {SAMPLE_NAMES[0]!r}, and that of the labels {LABEL_NAMES[0]!r}."
             )
         rows = arrays[chosen]()
+    if not rows.shape:
+        raise DataError(f"{path} holds a single number, not a batch of samples.")
+    return rows, None if labels is None else in_memory(labels)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Whatever keeps a file of arrays from being read is a `DataError` that names it."""
+    try:
+        yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower().rstrip(".")
         raise DataError(f"{path} cannot be read as an array: {reason}. Check the path.") from error
@@ -95,15 +118,18 @@ def read_arrays(path: Path) -> tuple[Rows, Array | None]:
         raise DataError(
             f"{path} cannot be read as an array: {reason}. Write it with numpy.save."
         ) from error
-    if not rows.shape:
-        raise DataError(f"{path} holds a single number, not a batch of samples.")
-    if labels is not None and not isinstance(labels, np.ndarray):
-        labels = labels[np.arange(labels.shape[0])]
-    return rows, labels
 
 
-def _open(path: Path) -> dict[str, Callable[[], Rows]]:
-    """The names of the arrays of a file, and what reads them."""
+def in_memory(rows: Rows) -> Array:
+    """All of an array."""
+    return rows if isinstance(rows, np.ndarray) else rows[np.arange(rows.shape[0])]
+
+
+def open_arrays(path: Path) -> dict[str, Callable[[], Rows]]:
+    """The names of the arrays of a file, and what reads them; both fail as `readable` says.
+
+    The array of a .npy file is called as samples are.
+    """
     if path.suffix.lower() == ".safetensors":
         file: Any = safe_open(path, "np")
         return {name: partial(_stored, path, file, name) for name in file.keys()}  # noqa: SIM118

@@ -14,7 +14,16 @@ from intact.data.preprocessing import PRESETS, Preprocessing
 from intact.errors import DataError
 from intact.ops import Shape
 
-__all__ = ["Files", "Part", "find_classes", "find_images", "load", "read_image", "read_images"]
+__all__ = [
+    "Files",
+    "Part",
+    "find_classes",
+    "find_images",
+    "find_part",
+    "load",
+    "read_image",
+    "read_images",
+]
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 TEST_EVERY = 5
@@ -77,11 +86,25 @@ def find_classes(
     have the label 0. Otherwise each folder in it is a class, with all images below. Classes are in
     the order of their names, the order of torchvision's `ImageFolder`, which puts "10" before "2".
     """
-    root = Path(folder)
+    chosen, parts = find_part(Path(folder), part)
+    classes, files = _find_classes(chosen)
+    for other in parts:
+        if classes is not None and other != chosen:
+            names = tuple(path.name for path in _folders(other))
+            _check_same(chosen, classes, other, names)
+    return classes, files
+
+
+def find_part(root: Path, part: Part | None) -> tuple[Path, list[Path]]:
+    """The folder of a part where `root` holds `train` and `test` (or `val`), and all such folders.
+
+    Elsewhere `root` itself, and none. Where there is no folder of that part, or where `part` does
+    not say which is meant, `DataError`.
+    """
     folders = {path.name: path for path in _folders(root)}
     train, test = ([folders[n] for n in names if n in folders] for names in FOLDERS.values())
     if not ((train and test) or (folders and len(train + test) == len(folders))):
-        return _find_classes(root)
+        return root, []
     chosen = {"train": train, "test": test, None: train + test}[part]
     there = " and ".join(path.name for path in train + test)
     if not chosen:
@@ -92,12 +115,7 @@ def find_classes(
         raise DataError(
             f"{root} holds {there}: say which of them is meant, train or test, or name that folder."
         )
-    classes, files = _find_classes(chosen[0])
-    for other in train + test:
-        if classes is not None and other != chosen[0]:
-            names = tuple(path.name for path in _folders(other))
-            _check_same(chosen[0], classes, other, names)
-    return classes, files
+    return chosen[0], train + test
 
 
 def _find_classes(root: Path) -> tuple[tuple[str, ...] | None, Files]:

@@ -13,13 +13,15 @@ from intact.data import Labels, spread
 from intact.data.preprocessing import Preprocessing
 from intact.errors import DataError
 from intact.ops import Shape
+from intact.signature import Values, wrapped
 
 __all__ = ["Batch", "Listed", "Numbered", "Positions", "Samples", "Streamed"]
 
-Batch = tuple[npt.NDArray[np.float32], Labels | None]
-"""Samples float32 `[n, *shape]`, finite, with n >= 1, and their labels int64 `[n]`, if any."""
+Batch = tuple[Values, Labels | None]
+"""Samples float32 `[n, *shape]`, finite, with n >= 1, and their labels int64 `[n]`, if any. Of
+several inputs a tuple of such arrays in place of the samples."""
 Positions = npt.NDArray[np.int64]
-Numbered = tuple[Positions, npt.NDArray[np.float32], Labels | None]
+Numbered = tuple[Positions, Values, Labels | None]
 """A `Batch`, with the positions of its samples in the source before it, int64 `[n]`."""
 
 
@@ -28,7 +30,7 @@ class Samples(ABC):
     """A source of samples that is read in batches, again and again, without being held in memory.
 
     name           what to call it in messages and reports: "images of photos", "test.npz"
-    shape          of one sample
+    shape          of one sample; of several inputs a tuple of the shapes of each
     count          samples that there are, at most, as files that cannot be read may be left out;
                    None where only reading tells
     labelled       whether batches come with labels
@@ -36,17 +38,26 @@ class Samples(ABC):
     preprocessing  how pixels became these samples; None for floats, which are taken as they are
     names          of all samples of the source, by position: the paths of images below their
                    folder; None where samples have none but their numbers
+    inputs         names of the inputs that every sample has a value for, where there are several;
+                   batches then hold tuples in this order. None for one input
 
-    `open_samples` makes one of whatever a user has.
+    `open_samples` makes one of whatever a user has, `open_several` for networks with several
+    inputs.
     """
 
     name: str
-    shape: Shape
+    shape: Shape | tuple[Shape, ...]
     count: int | None
     labelled: bool
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     names: Sequence[str] | None = None
+    inputs: tuple[str, ...] | None = None
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shape of one sample of every input, also where there is one."""
+        return wrapped(self.shape, self.inputs or ("input",))
 
     @abstractmethod
     def _read(self, size: int) -> Iterator[Numbered]: ...
@@ -65,7 +76,7 @@ class Samples(ABC):
             raise DataError(f"a batch cannot hold {size} samples: give 1 or more.")
         return ((x, labels) for _, x, labels in self._read(size))
 
-    def named_batches(self, size: int) -> Iterator[tuple[tuple[str, ...], npt.NDArray[np.float32]]]:
+    def named_batches(self, size: int) -> Iterator[tuple[tuple[str, ...], Values]]:
         """As `batches`, without labels, but with what each sample is called; size >= 1.
 
         That is its name in `names`, or its position in the source, from 0.

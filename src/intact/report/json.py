@@ -11,7 +11,7 @@ from intact.strict_json import parse_document, plain, read_value, write_document
 
 __all__ = ["FORMAT", "report_from_json", "report_to_json"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of `results.json`. Raised when a reader of the old one would be misled."""
 
 
@@ -39,7 +39,9 @@ def _check(report: Report) -> None:
         raise StorageError("report.stages must name at least one stage, with at least one image.")
     if len({type(stage) for stage in report.stages}) > 1:
         raise StorageError("report.stages has stages with accuracies, and stages without.")
-    tensors = {"report.input": report.input}
+    if not report.inputs:
+        raise StorageError("report.inputs must name at least one input.")
+    tensors = {f"report.inputs.{name}": tensor for name, tensor in report.inputs.items()}
     for i, layer in enumerate(report.layers):
         tensors[f"report.layers[{i}].activation"] = layer.activation
         if layer.weight is not None:

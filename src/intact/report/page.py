@@ -81,7 +81,10 @@ def render(report: Report, certificate: Certificate | None = None) -> str:
             groups=_groups(report),
             layers=[_layer(i, layer, report) for i, layer in enumerate(report.layers)],
             certificate=None if certificate is None else _certificate(certificate),
-            source=_panel("Input", "source", report.input),
+            sources=[
+                (name, _panel("Input", f"source-{i}", tensor))
+                for i, (name, tensor) in enumerate(report.inputs.items())
+            ],
             style=Markup(_template("page.css")),  # noqa: S704 (our own file)
             script=Markup(script),  # noqa: S704 (our own file)
             script_hash=_hash(script),

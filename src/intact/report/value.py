@@ -37,7 +37,7 @@ class Report:
     title      what was quantized, on what: "LeNet (bias on the last layer) on CIFAR-10"
     command    the command line that reproduces the run
     stages     in order; the first is "float"
-    input      the program's input tensor
+    inputs     the program's input tensors by their names, in the program's order
     layers     in the order of execution
     recipe     the recipe as nested plain values, and `recipe_toml` as its TOML text
     data       name, classes, sizes and SHA-256 of the images used; number of calibration images
@@ -48,7 +48,7 @@ class Report:
     title: str
     command: str
     stages: tuple[Result, ...]
-    input: TensorAnalysis
+    inputs: Mapping[str, TensorAnalysis]
     layers: tuple[LayerAnalysis, ...]
     diagnosis: tuple[Finding, ...]
     program: ProgramFacts
