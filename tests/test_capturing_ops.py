@@ -652,7 +652,13 @@ def test_randomized_weights_are_what_the_checks_run_on():
 
 MATRIX = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 
+PLACES = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
 COMPOSED = {
+    "an embedding of positions": (lambda x: torch.relu(x) + PLACES, IMAGE),
+    "factors by position": (lambda x: x * PLACES[:, :1] + 1, IMAGE),
+    "factors by row and channel": (lambda x: PLACES[:, :, :, :1] - x, IMAGE),
+    "an embedding of tokens": (lambda x: x + PLACES[0, 0, :, :3], (8, 3)),
     "softmax": (lambda x: torch.softmax(x, 1), IMAGE),
     "softmax of rows": (lambda x: F.softmax(x, -1), IMAGE),
     "softmax of a vector": (lambda x: F.softmax(x, dim=1), VECTOR),
@@ -682,6 +688,13 @@ COMPOSED = {
 def test_a_function_of_many_values_is_composed_of_operations(name):
     f, shape = COMPOSED[name]
     check(Call(f), shape)
+
+
+def test_a_constant_by_position_is_a_convolution_with_a_channel_for_each_that_differs():
+    module = Call(lambda x: x * PLACES[:, :1])
+    network = capture(module, torch.zeros(1, *IMAGE))
+    assert kinds(network) == ["Permute", "Reshape", "Conv2d", "Reshape", "Permute"]
+    assert torch.equal(network.parameters["mul.weight"].flatten(), PLACES[0, 0].flatten())
 
 
 @pytest.mark.parametrize("count", [2, 16, 256])

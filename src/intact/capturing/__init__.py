@@ -13,6 +13,7 @@ Each is canonicalised to the op set of `intact.ops`:
 | batch norm, and factors and offsets by channel | folded into the `Conv2d` or `Linear` whose \
 result nobody else reads; else a depthwise 1x1 `Conv2d` |
 | a constant factor or offset | folded likewise; else part of a `Table` |
+| factors and offsets by position | a depthwise 1x1 `Conv2d` over positions as channels |
 | `relu`, `relu6`, `hardtanh`, `clamp`, `clip` after an op with a grid of its own or a sum, whose \
 result nobody else reads | `low`, `high` of that op's `TensorSpec` |
 | any other clamp | `Clamp`; a clamp of a clamp is one clamp |

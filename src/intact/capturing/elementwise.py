@@ -26,6 +26,9 @@ __all__: list[str] = []
 
 _aten = torch.ops.aten
 
+MOST_POSITIONS = 2**16
+"""With a constant each: to engines they are channels of a depthwise convolution."""
+
 
 # -- functions of one tensor -----------------------------------------------------------------------
 
@@ -241,10 +244,13 @@ def _scaled(
     constants = [c for c in (factor, offset) if c is not None]
     rank = len(b.tensors[_root(bound)].shape) + 1
     axes = set().union(*(_axes(c, rank) for c in constants))
-    if 0 in axes or len(axes) > 1:
+    if 0 in axes:
         raise UnsupportedError(
-            "Its constant differs by position, not only by channel. Use one of shape [C, 1, 1], "
-            "and train again."
+            "Its constant differs from sample to sample of a batch. Use one of shape [1, ...]."
+        )
+    if len(axes) > 1:
+        return _by_position(
+            b, node, b.tensor(x), factor, offset, [axis - 1 for axis in sorted(axes)]
         )
     axis = axes.pop() - 1 if axes else None
     size = 1 if axis is None else b.tensors[_root(bound)].shape[axis]
@@ -258,6 +264,48 @@ def _scaled(
     if axis is None:
         return _composed(b, node, _root(bound))
     return affine(b, node, b.tensor(x), factor, offset, axis)
+
+
+def _by_position(
+    b: Builder,
+    node: Node,
+    x: str,
+    factor: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    axes: Sequence[int],
+) -> str:
+    """`x * factor + offset` with constants that differ along several axes of the sample.
+
+    Its positions become channels of an image, and those have a factor and an offset each.
+    """
+    shape, base = b.tensors[x].shape, b.base(node)
+    rest = [i for i in range(len(shape)) if i not in axes]
+    count = math.prod(shape[i] for i in axes)
+    if count > MOST_POSITIONS:
+        raise UnsupportedError(
+            f"Its constant differs by position, and there are {count:,}, more than "
+            f"{MOST_POSITIONS:,}. Use one of shape [C, 1, 1], and train again."
+        )
+
+    def spread(constant: torch.Tensor) -> torch.Tensor:
+        whole = constant.expand(1, *shape)[0].permute(*axes, *rest)
+        return whole.reshape(count, -1)[:, 0]
+
+    order = [*axes, *rest]
+    moved = b.permute(node, f"{base}.permute", x, order)
+    image = (count, math.prod(shape[i] for i in rest), 1)
+    view = b.reshape(node, f"{base}.positions", moved, image)
+    one = torch.ones(count, dtype=torch.float64)
+    result = affine(
+        b,
+        node,
+        view,
+        one if factor is None else spread(factor),
+        None if offset is None else spread(offset),
+        0,
+    )
+    result = b.reshape(node, f"{base}.reshape", result, tuple(shape[i] for i in order))
+    return b.permute(node, f"{base}.permute", result, [order.index(i) for i in range(len(shape))])
 
 
 @converts(_aten.add.Tensor, _aten.add.Scalar)
