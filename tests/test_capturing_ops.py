@@ -15,6 +15,7 @@ from torch import nn
 
 import intact
 from intact.capturing import capture
+from intact.choose import align
 from intact.engines.reference import ReferenceEngine
 from intact.engines.torch import TorchEngine
 from intact.ops import Conv2d, Linear, MaxPool2d, Multiply, Pad, Reshape, Slice, Table
@@ -77,6 +78,16 @@ FUNCTIONS = {
     "reversed": lambda x: (1 - torch.sigmoid(x)) / 2,
     "reciprocal": lambda x: 1 / (1 + x.abs()),
     "scaled": lambda x: 3 * (x - 0.5) / 2 + 1,
+    "sinh": lambda x: torch.sinh(x / 4),
+    "log2": lambda x: torch.log2(x.abs() + 1),
+    "remainder": lambda x: (x / 64 + 0.5) % 1.0,
+    "masked": lambda x: x.masked_fill(x < 0, 0.0),
+    "between": lambda x: x * ((x > 0) & (x < 99)).float(),
+    "lerp": lambda x: torch.lerp(x, x.tanh(), 0.3),
+    "power of a number": lambda x: 2 ** x.tanh(),
+    "a constant bound": lambda x: x.clamp(max=torch.tensor(2.0)) * 1.5,
+    "nan_to_num": lambda x: torch.nan_to_num(x.abs() + 1),
+    "logit": lambda x: torch.logit(x.tanh() / 4 + 0.5),
 }
 
 
@@ -322,6 +333,15 @@ def test_average_pools_of_any_geometry_are_what_torch_computes(data):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_large_pool_with_windows_of_many_sizes_goes_over_columns_and_then_over_rows():
+    pool = Call(lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+    network = check(pool, (2, 20, 20), least_db=32.0)
+    assert [tuple(weight.shape) for weight in network.parameters.values()] == [(20, 20)] * 2
+    small = check(pool, IMAGE, least_db=32.0)
+    assert [tuple(weight.shape) for weight in small.parameters.values()] == [(64, 64)]
+    check(Call(lambda x: F.avg_pool2d(x, 3, 2, 1, True, divisor_override=5)), (2, 24, 24))
+
+
 def test_a_pool_with_windows_of_many_sizes_divides_each_by_its_own_count():
     module = nn.AvgPool2d(3, 2, 1, count_include_pad=False)
     network = capture(module, torch.zeros(1, 2, 5, 5))
@@ -335,6 +355,27 @@ def test_a_pool_with_windows_of_many_sizes_divides_each_by_its_own_count():
 
 
 # -- what moves values -----------------------------------------------------------------------------
+
+
+def overwritten(x):
+    x[:, 1:2, 3:] = torch.relu(x[:, :1, 3:])
+    return x
+
+
+def shifted(x):
+    """Some channels one row down, some one up, as temporal shift modules have it."""
+    y = torch.zeros_like(x)
+    y[:, :1, 1:] = x[:, :1, :-1]
+    y[:, 1:2, :-1] = x[:, 1:2, 1:]
+    y[:, 2:] = x[:, 2:]
+    return y
+
+
+def framed(x):
+    x[:, :, 0] = -0.5
+    x[..., -1] = 0
+    return x
+
 
 MOVES = {
     "chunk": lambda x: torch.cat(x.chunk(2, 2)[::-1], 2),
@@ -361,12 +402,63 @@ MOVES = {
     "a constant around": lambda x: F.pad(x, (1, 1, 1, 1), value=-0.75),
     "negative padding": lambda x: F.pad(x, (-1, 1, 2, -3)),
     "expand": lambda x: x.mean((2, 3), keepdim=True).expand(-1, -1, 4, 5),
+    "reflection": lambda x: F.pad(x, (3, 0, 1, 7), mode="reflect"),
+    "replication": lambda x: F.pad(x, (3, 1, 0, 9), mode="replicate"),
+    "a circle": lambda x: F.pad(x, (3, 1, 0, 8), mode="circular"),
+    "flip": lambda x: x.flip(1, 3),
+    "roll": lambda x: torch.roll(x, (3, -1), (2, 3)),
+    "roll of windows": lambda x: torch.roll(x, 11, 2)[:, :, :4],
+    "rot90": lambda x: torch.rot90(x, 1, (2, 3)),
+    "repeat": lambda x: x.repeat(1, 2, 1, 3),
+    "repeat of one": lambda x: x.mean((2, 3), keepdim=True).repeat(1, 1, 4, 5),
+    "tile": lambda x: x.tile(2, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
+    "indices": lambda x: x[:, [2, 0, 1, 1]],
+    "index_select": lambda x: x.index_select(2, torch.tensor([7, 0, 3, 3, 3, 4, 5])),
+    "many indices": lambda x: x.flatten(1)[:, torch.arange(192) * 5 % 192],
+    "hstack": lambda x: torch.hstack([x, x]),
+    "dstack": lambda x: torch.dstack([x, x]),
+    "max of a dim": lambda x: torch.max(x, 1, keepdim=True)[0],
+    "min of a dim": lambda x: x.min(1).values,
+    "amin": lambda x: x.amin((2, 3)),
+    "larger": lambda x: torch.maximum(x, x.flip(1)),
+    "larger of a row": lambda x: torch.max(x, x.mean((2, 3), keepdim=True)),
+    "larger of vectors": lambda x: torch.maximum(x.mean((2, 3)), x[:, :, 0, 0]),
+    "smaller": lambda x: torch.min(x, x.flip(1)),
+    "zeros behind": lambda x: torch.cat([x, torch.zeros(len(x), 2, 8, 8)], 1),
+    "constants everywhere": lambda x: torch.cat(
+        [x.new_full((len(x), 1, 8, 8), 0.5), x, torch.zeros_like(x), x], 1
+    ),
+    "a part overwritten": lambda x: overwritten(x.clone()),
+    "a shift of channels": shifted,
+    "a constant written": lambda x: framed(x.clone()),
 }
 
 
 @pytest.mark.parametrize("name", MOVES)
 def test_what_moves_values_moves_codes(name):
     check(Call(lambda s, x: MOVES[name](s.conv(x)), conv=nn.Conv2d(3, 3, 1)), IMAGE)
+
+
+def test_what_is_chosen_and_padded_with_own_values_is_no_arithmetic():
+    f = Call(lambda x: F.pad(x, (2, 2, 2, 2), mode="reflect").flip(2)[:, [1, 0, 2]])
+    assert set(kinds(capture(f, torch.zeros(1, *IMAGE)))) == {"Slice", "Concat"}
+    larger = capture(Call(lambda x: torch.maximum(x, x.flip(2))), torch.zeros(1, *IMAGE))
+    assert set(kinds(larger)) == {"Slice", "Concat", "Reshape", "MaxPool2d"}
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_padding_with_own_values_is_what_torch_computes(data):
+    mode = data.draw(st.sampled_from(["reflect", "replicate", "circular"]))
+    size = [data.draw(st.integers(2, 5)) for _ in range(2)]
+    most = [{"reflect": n - 1, "replicate": 9, "circular": n}[mode] for n in reversed(size)]
+    widths = [data.draw(st.integers(0, n)) for n in most for _ in range(2)]
+    module = Call(lambda x: F.pad(x, widths, mode=mode) * 1)
+    if not any(widths):
+        return
+    _, got, expected = both(module, (2, *size))
+    assert torch.equal(got, expected)
 
 
 def test_a_line_is_upsampled_too():
@@ -556,3 +648,72 @@ def test_randomized_weights_are_what_the_checks_run_on():
     """`check` would be of little use on layers that compute nearly nothing."""
     module = randomized(nn.Conv2d(3, 4, 3, padding=1))
     assert float(module.weight.detach().std()) > 0.2
+
+
+MATRIX = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+
+PLACES = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+COMPOSED = {
+    "an embedding of positions": (lambda x: torch.relu(x) + PLACES, IMAGE),
+    "factors by position": (lambda x: x * PLACES[:, :1] + 1, IMAGE),
+    "factors by row and channel": (lambda x: PLACES[:, :, :, :1] - x, IMAGE),
+    "an embedding of tokens": (lambda x: x + PLACES[0, 0, :, :3], (8, 3)),
+    "softmax": (lambda x: torch.softmax(x, 1), IMAGE),
+    "softmax of rows": (lambda x: F.softmax(x, -1), IMAGE),
+    "softmax of a vector": (lambda x: F.softmax(x, dim=1), VECTOR),
+    "softmin": (lambda x: F.softmin(x, 1), VECTOR),
+    "log_softmax": (lambda x: F.log_softmax(x, 1), VECTOR),
+    "logsumexp": (lambda x: torch.logsumexp(x, 1), IMAGE),
+    "glu": (lambda x: F.glu(torch.cat([x, x], 1), 1), IMAGE),
+    "addcmul": (lambda x: torch.addcmul(x, torch.sigmoid(x), x, value=0.5), IMAGE),
+    "norm": (lambda x: x.norm(dim=(2, 3)), IMAGE),
+    "norm of order 1": (lambda x: torch.linalg.vector_norm(x, 1, dim=1), IMAGE),
+    "norm of order 3": (lambda x: torch.linalg.vector_norm(x, 3, dim=(1, 2)), IMAGE),
+    "norm of order inf": (lambda x: torch.linalg.vector_norm(x, math.inf, dim=1), IMAGE),
+    "norm of a function": (lambda x: torch.relu(x).square().norm(dim=1, keepdim=True), VECTOR),
+    "normalize": (lambda x: F.normalize(x, dim=1), VECTOR),
+    "normalize channels": (lambda x: F.normalize(x, dim=1), IMAGE),
+    "variance": (lambda x: x.var((2, 3)), IMAGE),
+    "deviation": (lambda x: x.std(1, unbiased=False, keepdim=True), VECTOR),
+    "matmul": (lambda x: x.mean((2, 3)) @ MATRIX, IMAGE),
+    "mm": (lambda x: torch.mm(x.mean((2, 3)), MATRIX), IMAGE),
+    "addmm": (lambda x: torch.addmm(torch.arange(5.0), x.mean((2, 3)), MATRIX, alpha=2), IMAGE),
+    "matmul from the left": (lambda x: MATRIX.T @ x[:, :, :3], IMAGE),
+    "matmul of an image": (lambda x: x.permute(0, 2, 3, 1) @ MATRIX, IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_function_of_many_values_is_composed_of_operations(name):
+    f, shape = COMPOSED[name]
+    check(Call(f), shape)
+
+
+def test_a_constant_by_position_is_a_convolution_with_a_channel_for_each_that_differs():
+    module = Call(lambda x: x * PLACES[:, :1])
+    network = capture(module, torch.zeros(1, *IMAGE))
+    assert kinds(network) == ["Permute", "Reshape", "Conv2d", "Reshape", "Permute"]
+    assert torch.equal(network.parameters["mul.weight"].flatten(), PLACES[0, 0].flatten())
+
+
+@pytest.mark.parametrize("count", [2, 16, 256])
+@pytest.mark.parametrize("spread", [0.5, 3.0])
+def test_a_softmax_is_as_good_as_its_codes_however_many_values_it_is_over(count, spread):
+    check(Call(lambda x: F.softmax(x * spread, 1)), (count,), least_db=24.0)
+
+
+def test_a_softmax_rounds_its_input_once():
+    module = Call(lambda s, x: F.softmax(s.fc(x), 1), fc=nn.Linear(6, 4))
+    network = check(module, VECTOR)
+    assert kinds(align(network)).count("Requantize") == 0
+    largest, parts = ["Linear", "Reshape", "MaxPool2d"], ["GlobalAvgPool", "Table", "Multiply"]
+    assert kinds(network) == [*largest, "Upsample", "Subtract", "Table", *parts, "Reshape"]
+
+
+def test_what_others_read_too_is_not_rounded_as_a_softmax_would_have_it():
+    def f(s, x):
+        y = s.fc(x)
+        return F.softmax(y, 1) * y
+
+    assert kinds(align(check(Call(f, fc=nn.Linear(6, 4)), VECTOR))).count("Requantize") == 2

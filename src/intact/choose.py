@@ -76,13 +76,20 @@ def align(network: Network) -> Network:
                     waiting.append(reader)
         return True
 
+    def moved_to(tensor: str, end: str) -> bool:
+        """Whether the codes of a tensor are only moved, and all end in one op."""
+        return all(
+            reader == end
+            or (reader in producers and moves_codes(producers[reader]) and moved_to(reader, end))
+            for reader in readers.get(tensor, [""])
+        )
+
     def steerable(tensor: str, target: Op) -> bool:
         if tensor not in producers:
             return False
         if len(readers[tensor]) > 1:
-            if any(
-                reader in producers and moves_codes(producers[reader]) for reader in readers[tensor]
-            ):
+            views = (r for r in readers[tensor] if r in producers and moves_codes(producers[r]))
+            if not all(moved_to(view, target.name) for view in views):
                 return False  # a view keeps the tensor's grid, and others may read the view
             if not (isinstance(target, Subtract) and leads_to(tensor, target.name)):
                 return False

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Pointwise", "X"]
+__all__ = ["Pointwise", "X", "call"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,3 +85,8 @@ def _evaluate(part: Any, x: torch.Tensor, known: dict[Pointwise, Any]) -> Any:
 
 X = Pointwise()
 """`x` itself."""
+
+
+def call(target: Any, *arguments: Any) -> Pointwise:
+    """An ATen operation of expressions, numbers and constant tensors; its own name is the label."""
+    return Pointwise(target, arguments, label=target.__name__.partition(".")[0])

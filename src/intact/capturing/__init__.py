@@ -13,10 +13,14 @@ Each is canonicalised to the op set of `intact.ops`:
 | batch norm, and factors and offsets by channel | folded into the `Conv2d` or `Linear` whose \
 result nobody else reads; else a depthwise 1x1 `Conv2d` |
 | a constant factor or offset | folded likewise; else part of a `Table` |
+| factors and offsets by position | a depthwise 1x1 `Conv2d` over positions as channels |
 | `relu`, `relu6`, `hardtanh`, `clamp`, `clip` after an op with a grid of its own or a sum, whose \
 result nobody else reads | `low`, `high` of that op's `TensorSpec` |
 | any other clamp | `Clamp`; a clamp of a clamp is one clamp |
 | layer, group, instance and RMS norm | averages, `Subtract`, `Table`, `Multiply`: `norms.py` |
+| `softmax`, `log_softmax` over any axis | the same, after the maximum: `softmax.py` |
+| `norm`, `var` over any axes | the same |
+| `x @ w`, `w @ x` with a constant matrix, `addmm` | `Linear`, for `w @ x` between two `Permute` |
 | any other function of one tensor, and chains of them, `x * sigmoid(x)` too | one `Table` |
 | `x + y`, `x - y`, `x * y`, `x / y` | `Add`, `Subtract`, `Multiply`, by a `Table` of reciprocals; \
 what is broadcast goes through `Upsample`, but for the second factor of a product |
@@ -25,10 +29,15 @@ what is broadcast goes through `Upsample`, but for the second factor of a produc
 | `adaptive_avg_pool2d` to 1x1, `mean` over any axes | `GlobalAvgPool`, `Reshape` |
 | `avg_pool3d` over one axis, as in local response norm | `AvgPool2d` |
 | adaptive pools to a size that divides the input's | `AvgPool2d`, `MaxPool2d` |
-| average pools whose windows differ in size | `Linear` over all positions: one row per window |
+| average pools whose windows differ in size | `Linear` over all positions: one row per window; \
+over columns and rows, one after the other, where that would be large |
 | max pools whose windows differ in size | `Slice`, `MaxPool2d`, `Concat` |
-| `cat`, `stack` | `Concat` |
+| `amax`, `max`, `amin`, `min` over any axes | `MaxPool2d`; between two `Table` for a minimum |
+| `maximum`, `minimum` of two tensors | `Concat`, `MaxPool2d`; likewise |
+| `cat`, `stack` | `Concat`; constants of one value as `Pad` |
 | `split`, `chunk`, `unbind`, `narrow`, `select`, indexing with ranges | `Slice` |
+| padding with own values (reflect, replicate, circular), `flip`, `roll`, `repeat`, constant \
+indices, and what is written into a part of a tensor | `Slice`, `Upsample`, `Concat` |
 | constant padding | part of the convolution or pool that reads it; else `Pad` |
 | nearest upsampling by whole factors, `expand` | `Upsample` |
 | any other resizing: `nearest`, `bilinear`, `bicubic`, antialiased | `Linear` over each axis |
@@ -37,12 +46,13 @@ what is broadcast goes through `Upsample`, but for the second factor of a produc
 | `pixel_shuffle`, `channel_shuffle` | `Reshape`, `Permute`, `Reshape` |
 | dropout, `contiguous`, `clone`, `detach`, a reshape to the same shape, `x + 0` | nothing |
 | whatever is computed from parameters alone (weight norm, ...) | its value |
+| what torch composes of these (`glu`, `addcmul`, `normalize`, `hstack`, ...) | its parts |
 | anything else | one `CaptureError` that lists every offender |
 
 The network computes what the module computes in eval mode, bit for bit, but for what is within
 float rounding: batch norm and constants that are folded, norms by the sample's own statistics,
-quotients of tensors, transposed convolutions, sums over axes, and average pools whose windows
-differ in size or have an area that is no power of two.
+softmax, variances, quotients of tensors, what torch composes, transposed convolutions, sums over
+axes, and average pools whose windows differ in size or have an area that is no power of two.
 """
 
 from __future__ import annotations
@@ -59,8 +69,15 @@ from intact.capturing import (  # noqa: F401  (register)
     moving,
     norms,
     pooling,
+    softmax,
 )
-from intact.capturing.building import Builder, Refusal, function_name
+from intact.capturing.building import (
+    Builder,
+    Refusal,
+    function_name,
+    operation_name,
+    stays_whole,
+)
 from intact.capturing.exporting import export
 from intact.errors import CaptureError
 from intact.network import Network
@@ -69,22 +86,24 @@ from intact.signature import Values
 __all__ = ["Refusal", "Survey", "capture", "survey"]
 
 SUPPORTED = (
-    "convolutions (1-D, 2-D, transposed), linear; batch, layer, group, instance and RMS norm; any "
-    "function of one tensor (relu, sigmoid, silu, gelu, hardswish, prelu, ...); sums, differences, "
-    "products and quotients of tensors; max, average and adaptive pools, means; cat, stack, split, "
-    "chunk, slices; flatten, reshape, permute, shuffles; constant padding, resizing; dropout"
+    "convolutions (1-D, 2-D, transposed), linear, x @ w with a constant w; batch, layer, group, "
+    "instance and RMS norm, softmax; any function of one tensor (relu, sigmoid, silu, gelu, "
+    "hardswish, prelu, ...); sums, differences, products, quotients, maxima and minima of tensors; "
+    "max, average and adaptive pools, means, norms; cat, stack, split, chunk, slices, constant "
+    "indices; flatten, reshape, permute, flip, roll, repeat, shuffles; padding, resizing; dropout"
 )
 
-_PRODUCT = (
-    "It multiplies matrices that both depend on the input. Use nn.Linear or nn.Conv2d, whose "
-    "weights are constants, and train again."
-)
 _FAMILIES = {
-    "addmm bmm einsum matmul mm": _PRODUCT,
+    "baddbmm einsum": "It multiplies matrices. By a constant one write x @ w, with x.permute(...) "
+    "around it; two that both depend on the input have no product: use nn.Linear or nn.Conv2d, and "
+    "train again.",
     "gru lstm rnn": "Write its steps out: linear layers, sigmoid, tanh and products of tensors "
     "are there, and compute the same.",
     "conv3d max_pool3d": "It works over three axes. Fold the depth into the channels, use two "
     "axes, and train again.",
+    "argmin argsort sort topk": "Leave it out, and compute it from the network's output.",
+    "bernoulli fractional_max_pool2d rand rand_like randint randn randn_like rrelu": "It draws "
+    "random numbers. Leave it out in eval mode: if self.training.",
     "grid_sample affine_grid": "Resize to a fixed size with nn.functional.interpolate, "
     "and train again.",
 }
@@ -93,15 +112,10 @@ _HINTS: Mapping[str, str] = {
     "argmax": "Leave it out, and take the argmax of the network's output.",
     "batch_norm": "It normalises by the statistics of the batch at hand, so a result would depend "
     "on what else is in the batch. Use track_running_stats=True, and train again.",
-    "clamp": "Give its bounds as numbers.",
     "mean": "It reduces the batch, too. Name the axes, without the first one: x.mean((2, 3)).",
-    "repeat": "Write torch.cat([x, x], 1), or expand an axis of length 1.",
-    "max": "Of a tensor alone, use amax(dim); of several, torch.stack and then amax.",
     "dropout": "It drops in eval mode too; pass training=self.training.",
     "scaled_dot_product_attention": "Attention multiplies matrices that both depend on the input. "
     "Take a convolutional network.",
-    "softmax": "There is no integer op for it. As the last operation leave it out; elsewhere use "
-    "torch.sigmoid, and train again.",
 }
 
 
@@ -128,7 +142,7 @@ def survey(module: nn.Module, example: Values) -> Survey:
 
     What cannot be exported at all raises `CaptureError` here too.
     """
-    evaluated, exported = export(module, example)
+    evaluated, exported = export(module, example, _whole)
     return Survey(*Builder(evaluated, exported, _hint).build())
 
 
@@ -166,8 +180,12 @@ def _message(name: str, refusals: tuple[Refusal, ...]) -> str:
     return "\n".join([*lines, "", f"Supported: {SUPPORTED}."])
 
 
+def _whole(target: object) -> bool:
+    """Whether an operation is not decomposed: it has a converter, or a refusal of its own, which
+    says more than those of its parts.
+    """
+    return stays_whole(target) or operation_name(target) in _HINTS
+
+
 def _hint(node: Node) -> str:
-    name = function_name(node)
-    if name in ("softmax", "log_softmax") and all(u.op == "output" for u in node.users):
-        return "Leave it out: argmax does not need it."
-    return _HINTS.get(name, _OTHERWISE)
+    return _HINTS.get(function_name(node), _OTHERWISE)

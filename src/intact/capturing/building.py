@@ -40,7 +40,7 @@ from intact.ops import (
     has_own_grid,
     weighted,
 )
-from intact.pointwise import Pointwise
+from intact.pointwise import Pointwise, X
 from intact.signature import listed
 
 __all__ = [
@@ -53,6 +53,8 @@ __all__ = [
     "arguments",
     "converts",
     "function_name",
+    "operation_name",
+    "stays_whole",
 ]
 
 
@@ -95,7 +97,8 @@ Value: TypeAlias = "str | Function"
 Parts: TypeAlias = Mapping[int, str]
 """Of a node with several results: the tensor of each one that is used."""
 
-Converter = Callable[["Builder", Node, dict[str, Any]], "Value | Parts"]
+Converter = Callable[["Builder", Node, dict[str, Any]], "Value | Parts | torch.Tensor"]
+"""Returns a tensor where the value turns out not to depend on the input."""
 AnyConverter = TypeVar("AnyConverter", bound=Converter)
 _CONVERTERS: dict[Any, Converter] = {}
 
@@ -108,13 +111,30 @@ _FLAT: Mapping[Any, tuple[float, float]] = {
 
 
 def converts(*targets: Any) -> Callable[[AnyConverter], AnyConverter]:
-    """Register the converter of some ATen operations."""
+    """Register the converter of some ATen operations, or of all that have a `torch.Tag`."""
 
     def register(converter: AnyConverter) -> AnyConverter:
         _CONVERTERS.update(dict.fromkeys(targets, converter))
         return converter
 
     return register
+
+
+def converter_of(target: Any) -> Converter | None:
+    """What converts an operation: a converter of its own, or that of all that work element by
+    element.
+    """
+    if target in _CONVERTERS:
+        return _CONVERTERS[target]
+    tags = getattr(target, "tags", ())
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
+        return _CONVERTERS[torch.Tag.pointwise]
+    return None
+
+
+def stays_whole(target: object) -> bool:
+    """Whether a converter of its own takes an operation, so that it must not be decomposed."""
+    return target in _CONVERTERS
 
 
 class Builder:
@@ -318,14 +338,16 @@ class Builder:
                     return
                 self.bind(node, self._item(sources[0], node.args[1]))
                 return
-            converter = _CONVERTERS.get(node.target)
+            converter = converter_of(node.target)
             if converter is None:
                 raise UnsupportedError(self.hint(node))
             if any(n not in self.bound and n not in self.constants for n in sources):
                 self._stand_in(node)  # an operand was refused, which has been said
                 return
             value = converter(self, node, arguments(node))
-            if isinstance(value, Mapping):
+            if isinstance(value, torch.Tensor):
+                self.constants[node] = value
+            elif isinstance(value, Mapping):
                 self.parts[node] = value
             else:
                 self.bind(node, value)
@@ -338,8 +360,8 @@ class Builder:
             return self.parts[node][index]
         if index != 0:
             raise UnsupportedError(
-                "Only a pool's values can be used, not its indices. To undo a pool, resize with "
-                "nn.functional.interpolate, and train again."
+                "Only the values of a maximum can be used, not where they are. To undo a pool, "
+                "resize with nn.functional.interpolate, and train again."
             )
         return self.bound[node]
 
@@ -382,6 +404,11 @@ class Builder:
                 f"{list(value.meta['val'].shape)}."
             )
         return name
+
+    def expression(self, node: Node) -> tuple[str, Pointwise]:
+        """The tensor that a value is a function of, and the function; `X` for the tensor itself."""
+        bound = self.bound[node]
+        return (bound, X) if isinstance(bound, str) else (bound.root, bound.function)
 
     def _compute(self, node: Node, value: Function) -> str:
         """Add the op that computes a function; returns its name."""
@@ -492,6 +519,12 @@ class Builder:
             self.sources[op.name] = source
         return op.name
 
+    def table(self, node: Node, name: str, source: str, function: Pointwise) -> str:
+        """Add a function of a tensor, one of several ops of a node: `<layer>.<name>`."""
+        op = Table(self.unique(f"{self.base(node)}.{name}"), (source,))
+        self.functions[op.name] = function
+        return self.emit(node, op, self.tensors[source].shape)
+
     def drop(self, name: str) -> str:
         """Take back an op that one reader absorbs; returns what the op read."""
         op = self.ops.pop(name)
@@ -599,12 +632,17 @@ def arguments(node: Node) -> dict[str, Any]:
     return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
+def operation_name(target: object) -> str:
+    """The name of an ATen operation without its overload: `add` of `aten.add.Tensor`."""
+    packet = getattr(target, "overloadpacket", target)
+    return str(getattr(packet, "__name__", packet))
+
+
 def function_name(node: Node) -> str:
     """The function's name as users know it: `flatten`, though ATen calls it `view`."""
     name: str = node.meta.get("torch_fn", ("", ""))[1].rpartition(".")[2]
     if not any(hasattr(place, name) for place in (torch, torch.Tensor, nn.functional)):
-        packet = getattr(node.target, "overloadpacket", node.target)
-        name = getattr(packet, "__name__", str(packet))
+        name = operation_name(node.target)
     return "indexing" if name == "__getitem__" else name.strip("_")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +19,15 @@ from intact.capturing.building import (
     function_name,
 )
 from intact.capturing.layers import affine, fold
-from intact.ops import Add, Multiply, Shape, Subtract, Table, Upsample
-from intact.pointwise import Pointwise, X
+from intact.ops import Add, Concat, MaxPool2d, Multiply, Shape, Subtract, Upsample
+from intact.pointwise import Pointwise, X, call
 
 __all__: list[str] = []
 
 _aten = torch.ops.aten
+
+MOST_POSITIONS = 2**16
+"""With a constant each: to engines they are channels of a depthwise convolution."""
 
 
 # -- functions of one tensor -----------------------------------------------------------------------
@@ -92,6 +96,7 @@ def _axes(constant: Any, rank: int) -> set[int]:
 
 
 @converts(
+    torch.Tag.pointwise,
     _aten.abs.default,
     _aten.acos.default,
     _aten.asin.default,
@@ -137,18 +142,50 @@ def _axes(constant: Any, rank: int) -> set[int]:
     _aten.where.self,
     _aten.where.ScalarOther,
     _aten.where.ScalarSelf,
-    _aten.maximum.default,
-    _aten.minimum.default,
 )
 def _pointwise(b: Builder, node: Node, _: dict[str, Any]) -> Function:
     root = _common_root(b, node)
     if root is None:
         raise UnsupportedError(
             "It combines two tensors. Functions are of one tensor; of two there are sums, "
-            "differences, products and quotients. torch.maximum(x, y) is y + torch.relu(x - y), "
-            "and torch.minimum(x, y) is x - torch.relu(x - y)."
+            "differences, products, quotients, maximum and minimum. torch.where(c, x, y) is "
+            "y + c * (x - y), with c = (...).float()."
         )
     return _composed(b, node, root)
+
+
+@converts(_aten.maximum.default, _aten.max.other)
+def _maximum(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    if _common_root(b, node) is not None:
+        return _pointwise(b, node, a)
+    _check_ranks(a["self"], a["other"])
+    return _larger(b, node, [b.tensor(a["self"]), b.tensor(a["other"])])
+
+
+@converts(_aten.minimum.default, _aten.min.other)
+def _minimum(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    """The maximum of what has the other sign."""
+    if _common_root(b, node) is not None:
+        return _pointwise(b, node, a)
+    _check_ranks(a["self"], a["other"])
+    operands = []
+    for operand in (a["self"], a["other"]):
+        root, inner = b.expression(operand)
+        operands.append(b.table(node, "negative", root, call(_aten.neg.default, inner)))
+    return Function(_larger(b, node, operands), call(_aten.neg.default, X))
+
+
+def _larger(b: Builder, node: Node, operands: Sequence[str]) -> str:
+    """The maximum of two tensors: a pool over both, one below the other. It chooses codes."""
+    base, shape = b.base(node), b.shape(node)
+    line = (shape[0], 1, math.prod(shape[1:]))
+    lines = []
+    for tensor in operands:
+        expanded = _broadcast(b, node, tensor, shape)
+        lines.append(b.reshape(node, f"{base}.line", expanded, line))
+    both = Concat(b.unique(f"{base}.both"), tuple(lines), 1)
+    op = MaxPool2d(b.name(node), (b.emit(node, both, (line[0], 2, line[2])),), (2, 1), (2, 1))
+    return b.reshape(node, f"{base}.reshape", b.emit(node, op, line), shape)
 
 
 _BOUNDS: dict[Any, tuple[float, float]] = {
@@ -207,10 +244,13 @@ def _scaled(
     constants = [c for c in (factor, offset) if c is not None]
     rank = len(b.tensors[_root(bound)].shape) + 1
     axes = set().union(*(_axes(c, rank) for c in constants))
-    if 0 in axes or len(axes) > 1:
+    if 0 in axes:
         raise UnsupportedError(
-            "Its constant differs by position, not only by channel. Use one of shape [C, 1, 1], "
-            "and train again."
+            "Its constant differs from sample to sample of a batch. Use one of shape [1, ...]."
+        )
+    if len(axes) > 1:
+        return _by_position(
+            b, node, b.tensor(x), factor, offset, [axis - 1 for axis in sorted(axes)]
         )
     axis = axes.pop() - 1 if axes else None
     size = 1 if axis is None else b.tensors[_root(bound)].shape[axis]
@@ -224,6 +264,48 @@ def _scaled(
     if axis is None:
         return _composed(b, node, _root(bound))
     return affine(b, node, b.tensor(x), factor, offset, axis)
+
+
+def _by_position(
+    b: Builder,
+    node: Node,
+    x: str,
+    factor: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    axes: Sequence[int],
+) -> str:
+    """`x * factor + offset` with constants that differ along several axes of the sample.
+
+    Its positions become channels of an image, and those have a factor and an offset each.
+    """
+    shape, base = b.tensors[x].shape, b.base(node)
+    rest = [i for i in range(len(shape)) if i not in axes]
+    count = math.prod(shape[i] for i in axes)
+    if count > MOST_POSITIONS:
+        raise UnsupportedError(
+            f"Its constant differs by position, and there are {count:,}, more than "
+            f"{MOST_POSITIONS:,}. Use one of shape [C, 1, 1], and train again."
+        )
+
+    def spread(constant: torch.Tensor) -> torch.Tensor:
+        whole = constant.expand(1, *shape)[0].permute(*axes, *rest)
+        return whole.reshape(count, -1)[:, 0]
+
+    order = [*axes, *rest]
+    moved = b.permute(node, f"{base}.permute", x, order)
+    image = (count, math.prod(shape[i] for i in rest), 1)
+    view = b.reshape(node, f"{base}.positions", moved, image)
+    one = torch.ones(count, dtype=torch.float64)
+    result = affine(
+        b,
+        node,
+        view,
+        one if factor is None else spread(factor),
+        None if offset is None else spread(offset),
+        0,
+    )
+    result = b.reshape(node, f"{base}.reshape", result, tuple(shape[i] for i in order))
+    return b.permute(node, f"{base}.permute", result, [order.index(i) for i in range(len(shape))])
 
 
 @converts(_aten.add.Tensor, _aten.add.Scalar)
@@ -295,11 +377,8 @@ def _div(b: Builder, node: Node, a: dict[str, Any]) -> Value:
 
 def _reciprocal(b: Builder, node: Node, divisor: Node) -> str:
     """1 / divisor as a table, which takes in the function that the divisor may be."""
-    bound = b.bound[divisor]
-    inner = bound.function if isinstance(bound, Function) else X
-    op = Table(b.unique(f"{b.base(node)}.reciprocal"), (_root(bound),))
-    b.functions[op.name] = Pointwise(_aten.reciprocal.default, (inner,), label="reciprocal")
-    return b.emit(node, op, b.tensors[_root(bound)].shape)
+    root, inner = b.expression(divisor)
+    return b.table(node, "reciprocal", root, call(_aten.reciprocal.default, inner))
 
 
 def _same_root(b: Builder, node: Node, *, squares: bool = False) -> Function | None:

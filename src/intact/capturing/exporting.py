@@ -8,12 +8,13 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
@@ -27,12 +28,16 @@ BATCH = 11
 length is the batch. A single sample would not do, as `squeeze()` would remove its axis."""
 
 
-def export(module: nn.Module, example: Values) -> tuple[nn.Module, ExportedProgram]:
+def export(
+    module: nn.Module, example: Values, whole: Callable[[object], bool]
+) -> tuple[nn.Module, ExportedProgram]:
     """A copy of the module in eval mode, and its graph on a batch of `BATCH` samples.
 
     example  float32 `[N, ...]`; only the shape of its first sample matters. For several inputs a
              tuple or list of such tensors in the order of `forward`'s parameters, or a mapping from
              their names
+    whole    whether an operation must stay as it is; others become simpler ones where torch knows
+             how, as `glu` becomes a split, a sigmoid and a product
 
     Raises `CaptureError` for what is no module, no example, has parameters that cannot be, or
     cannot be exported.
@@ -42,7 +47,7 @@ def export(module: nn.Module, example: Values) -> tuple[nn.Module, ExportedProgr
     _check_signature(module, len(batches))
     _check_parameters(module)
     evaluated = _eval_copy(module)
-    return evaluated, _export(evaluated, batches)
+    return evaluated, _export(evaluated, batches, whole)
 
 
 def required_inputs(module: nn.Module) -> list[str]:
@@ -149,12 +154,20 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _export(module: nn.Module, batches: tuple[torch.Tensor, ...]) -> ExportedProgram:
-    """Export statically; resolve in-place writes, but leave every high-level operation whole."""
+def _export(
+    module: nn.Module, batches: tuple[torch.Tensor, ...], whole: Callable[[object], bool]
+) -> ExportedProgram:
+    """Export statically; resolve in-place writes, and decompose what need not stay whole."""
     try:
         with _quiet():
             exported: ExportedProgram = torch.export.export(module, batches, strict=False)
             lowered: ExportedProgram = exported.run_decompositions({})
+            targets = {node.target for node in lowered.graph.nodes}
+            if not all(whole(t) for t in targets if isinstance(t, OpOverload)):
+                table = torch.export.default_decompositions()
+                for operation in [operation for operation in table if whole(operation)]:
+                    del table[operation]
+                lowered = lowered.run_decompositions(table)
     except Exception as error:
         raise _export_error(module, batches, error) from error
     return lowered

@@ -12,7 +12,7 @@ from torch.fx import Node
 from intact.capturing.building import Builder, UnsupportedError, converts
 from intact.ops import Conv2d, Linear, Padding, Pair, Shape, Slice
 
-__all__ = ["affine", "as_image", "normalize", "pair"]
+__all__ = ["affine", "along", "as_image", "normalize", "pair"]
 
 _aten = torch.ops.aten
 
@@ -174,6 +174,53 @@ def _linear(b: Builder, node: Node, a: dict[str, Any]) -> str:
         )
     op = Linear(b.name(node), (x,))
     return b.emit(node, op, b.shape(node), weight, b.optional(a["bias"]))
+
+
+def along(b: Builder, node: Node, x: str, axis: int, matrix: torch.Tensor) -> str:
+    """`matrix @ x` along one axis of the sample; matrix `[after, before]`."""
+    base, order = b.base(node), list(range(len(b.tensors[x].shape)))
+    order[axis], order[-1] = order[-1], order[axis]
+    x = b.permute(node, f"{base}.permute", x, order)
+    op = Linear(b.name(node), (x,))
+    x = b.emit(node, op, (*b.tensors[x].shape[:-1], len(matrix)), matrix)
+    return b.permute(node, f"{base}.permute", x, order)
+
+
+_PRODUCT = (
+    "It multiplies matrices that both depend on the input. Use nn.Linear or nn.Conv2d, whose "
+    "weights are constants, and train again."
+)
+
+
+@converts(_aten.matmul.default, _aten.mm.default, _aten.bmm.default)
+def _matmul(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    """A product with a constant matrix, on either side."""
+    left, right = a["self"], a.get("other", a.get("mat2"))
+    if right in b.constants and b.constants[right].ndim == 2:
+        x = b.tensor(left)
+        op = Linear(b.name(node), (x,))
+        return b.emit(node, op, b.shape(node), b.constants[right].T)
+    if left in b.constants and b.constants[left].ndim == 2:
+        x = b.tensor(right)
+        rank = len(b.tensors[x].shape)
+        if rank > 1:
+            return along(b, node, x, rank - 2, b.constants[left])
+    if left in b.constants or right in b.constants:
+        raise UnsupportedError(
+            "It multiplies by a constant that is no matrix [inputs, outputs], or along the batch. "
+            "Write x @ w with w of two dimensions; nn.Conv1d with groups has a matrix for each."
+        )
+    raise UnsupportedError(_PRODUCT)
+
+
+@converts(_aten.addmm.default)
+def _addmm(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    if a["mat2"] not in b.constants or a["self"] not in b.constants:
+        raise UnsupportedError(_PRODUCT)
+    x, bias = b.tensor(a["mat1"]), a["beta"] * b.constants[a["self"]]
+    op = Linear(b.name(node), (x,))
+    weight = a["alpha"] * b.constants[a["mat2"]].T
+    return b.emit(node, op, b.shape(node), weight, bias.expand(1, len(weight))[0])
 
 
 # -- factors and offsets ---------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from intact.capturing.building import (
     Value,
     converts,
 )
-from intact.ops import Concat, Linear, Pad, Shape, Slice, Upsample
+from intact.capturing.layers import along
+from intact.ops import Concat, Pad, Shape, Slice, Upsample
 from intact.pointwise import Pointwise
 
 __all__: list[str] = []
@@ -27,7 +28,9 @@ _aten = torch.ops.aten
 MOST_AXES = 4
 """Of a sample that is padded: two numbers for each are as many as a field of an op may hold."""
 MOST_WEIGHTS = 2**22
-"""Of a matrix that resizes one axis."""
+"""Of a matrix along one axis."""
+MOST_RUNS = 64
+"""Slices that are joined to one tensor; what takes more is a matrix product."""
 
 
 def _axis(b: Builder, tensor: str, dim: int, advice: str) -> int:
@@ -137,12 +140,76 @@ def _nothing(b: Builder, node: Node, a: dict[str, Any]) -> Value:
 # -- joins and cuts --------------------------------------------------------------------------------
 
 
+@converts(_aten.full_like.default)
+def _full_like(_: Builder, node: Node, a: dict[str, Any]) -> torch.Tensor:
+    return torch.full(node.meta["val"].shape, a["fill_value"], dtype=node.meta["val"].dtype)
+
+
+@converts(_aten.copy.default)
+def _copy(b: Builder, node: Node, a: dict[str, Any]) -> Value | torch.Tensor:
+    """What is written over a tensor takes its place."""
+    shape = node.meta["val"].shape
+    if a["src"] in b.constants:
+        return b.constant(a["src"]).expand(shape)
+    if a["src"].meta["val"].shape == shape:
+        return b.bound[a["src"]]
+    advice = "It writes a tensor over a larger one. Expand it first: y.expand(...)."
+    return _repeat(b, node, b.tensor(a["src"]), b.shape(node), advice)
+
+
 @converts(_aten.cat.default, _aten.concat.default, _aten.concatenate.default)
 def _cat(b: Builder, node: Node, a: dict[str, Any]) -> str:
-    inputs = tuple(b.tensor(t) for t in a["tensors"])
     advice = "It joins along the batch. Choose another axis; 1 is the channels'."
-    axis = _axis(b, inputs[0], a["dim"], advice)
-    return b.emit(node, Concat(b.name(node), inputs, axis), b.shape(node))
+    parts = [b.constants[t] if t in b.constants else b.tensor(t) for t in a["tensors"]]
+    first = next(part for part in parts if isinstance(part, str))
+    return _joined(b, node, parts, _axis(b, first, a["dim"], advice))
+
+
+def _joined(
+    b: Builder, node: Node, parts: Sequence[str | torch.Tensor], axis: int, name: str = ""
+) -> str:
+    """Tensors one behind the other; constants among them surround their neighbours.
+
+    parts  tensors, and constants `[N, *sample shape]` that hold one value
+    axis   of the sample
+    name   of the join, where it is not the whole of the operation
+    """
+    tensors: list[str] = []
+    missing = 0, 0.0  # how much of which constant comes before the first tensor
+    for part in parts:
+        before, (waiting, value) = 0, missing
+        if isinstance(part, str):
+            if not waiting:
+                tensors.append(part)
+                continue
+            source, before, after = part, waiting, 0
+            missing = 0, 0.0
+        else:
+            first = float(part.flatten()[0])
+            if bool((part != first).any()) or (waiting and first != value):
+                raise UnsupportedError(
+                    "A constant among what it joins holds more than one value. Leave it out: what "
+                    "a layer makes of a constant is its bias."
+                )
+            value, length = first, part.shape[axis + 1]
+            if not tensors:
+                missing = waiting + length, value
+                continue
+            source, after = tensors.pop(), length
+        rank = len(b.tensors[source].shape)
+        if rank > MOST_AXES:
+            raise UnsupportedError(_TOO_MANY_AXES.format(rank))
+        ends = [(before, after) if i == axis else (0, 0) for i in range(rank)]
+        size = b.tensors[source].shape
+        padded = (*size[:axis], size[axis] + before + after, *size[axis + 1 :])
+        pad = Pad(b.unique(f"{b.base(node)}.pad"), (source,), tuple(sum(ends, ())), float(value))
+        tensors.append(b.emit(node, pad, padded))
+    if len(tensors) == 1:
+        return tensors[0]
+    shapes = [b.tensors[tensor].shape for tensor in tensors]
+    joined = (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
+    join = b.unique(f"{b.base(node)}.{name}") if name else b.name(node)
+    return b.emit(node, Concat(join, tuple(tensors), axis), joined)
 
 
 @converts(_aten.stack.default)
@@ -232,18 +299,156 @@ def _split(b: Builder, node: Node, a: dict[str, Any]) -> Parts:
     return parts
 
 
+def _take(b: Builder, node: Node, x: str, axis: int, positions: Sequence[int]) -> str:
+    """Positions along an axis in any order, any number of times: slices, joined.
+
+    A slice takes positions that ascend by one, or one position, which is then repeated. More than
+    `MOST_RUNS` of them are a product with a matrix that holds a 1 in each row.
+    """
+    shape = b.tensors[x].shape
+    runs: list[list[int]] = []
+    for position in positions:
+        run = runs[-1] if runs else []
+        step = position - run[-1] if run else None
+        if step in (0, 1) and (len(run) == 1 or step == run[1] - run[0]):
+            run.append(position)
+        else:
+            runs.append([position])
+    if len(runs) > MOST_RUNS:
+        if len(positions) * shape[axis] > MOST_WEIGHTS:
+            raise UnsupportedError(
+                f"It takes {len(positions):,} of {shape[axis]:,} positions in an order that takes "
+                "a weight for each pair: too many. Reorder the weights around it instead."
+            )
+        return along(b, node, x, axis, torch.eye(shape[axis])[list(positions)])
+    if len(runs) > 1:
+        b.shared.add(x)
+    parts: list[str | torch.Tensor] = []
+    for run in runs:
+        repeated = len(run) > 1 and run[0] == run[1]
+        part = _cut(b, node, x, axis, run[0], run[-1] + 1)
+        if repeated:
+            result = (*shape[:axis], len(run), *shape[axis + 1 :])
+            part = _repeat(b, node, part, result, "")
+        parts.append(part)
+    return _joined(b, node, parts, axis, "join")
+
+
+@converts(_aten.flip.default)
+def _flip(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a["self"])
+    for dim in a["dims"]:
+        axis = _axis(b, x, dim, "It reverses the batch. Name other axes: x.flip(3).")
+        x = _take(b, node, x, axis, range(b.tensors[x].shape[axis])[::-1])
+    return x
+
+
+@converts(_aten.roll.default)
+def _roll(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a["self"])
+    for shift, dim in zip(a["shifts"], a["dims"] or [0], strict=True):
+        axis = _axis(b, x, dim, "It moves the batch. Name another axis: torch.roll(x, 1, 2).")
+        size = b.tensors[x].shape[axis]
+        x = _take(b, node, x, axis, [(i - shift) % size for i in range(size)])
+    return x
+
+
+@converts(_aten.repeat.default)
+def _repeat_tensor(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x, (batch, *counts) = b.tensor(a["self"]), a["repeats"]
+    if batch != 1 or len(counts) != len(b.tensors[x].shape):
+        raise UnsupportedError(
+            "It repeats the batch, or adds axes. Give one number for each axis, 1 for the batch: "
+            "x.repeat(1, 2, 1, 1)."
+        )
+    for axis, (count, size) in enumerate(zip(counts, b.tensors[x].shape, strict=True)):
+        x = _take(b, node, x, axis, [*range(size)] * count)
+    return x
+
+
+@converts(_aten.index_select.default)
+def _index_select(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    x = b.tensor(a["self"])
+    return _take(b, node, x, _axis(b, x, a["dim"], _BATCH), b.constant(a["index"]).tolist())
+
+
+@converts(_aten.index.Tensor)
+def _index(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    given = [dim for dim, index in enumerate(a["indices"]) if index is not None]
+    x = b.tensor(a["self"])
+    positions = a["indices"][given[0]]
+    if len(given) > 1 or positions not in b.constants or positions.meta["val"].ndim != 1:
+        raise UnsupportedError(
+            "It picks values by indices that are computed from the input, or along several axes at "
+            "once. Index one axis after the other, by numbers that are known: x[:, [2, 0, 1]]."
+        )
+    axis = _axis(b, x, given[0], _BATCH)
+    return _take(b, node, x, axis, (b.constants[positions] % b.tensors[x].shape[axis]).tolist())
+
+
+@converts(_aten.slice_scatter.default)
+def _slice_scatter(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    if a["step"] != 1:
+        raise UnsupportedError(
+            "It writes into every other position. Write torch.stack((x, y), 3).flatten(2), or use "
+            "nn.PixelShuffle."
+        )
+    size = node.meta["val"].shape[a["dim"]]
+    start, stop, _ = slice(a["start"], a["end"]).indices(size)
+    new = a["src"]
+    part = b.constants[new] if new in b.constants else b.tensor(new)
+    return _overwritten(b, node, a["self"], a["dim"], start, stop, part)
+
+
+@converts(_aten.select_scatter.default)
+def _select_scatter(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    value, new, base = node.meta["val"], a["src"], b.base(node)
+    index = a["index"] % value.shape[a["dim"]]
+    part: str | torch.Tensor
+    if new in b.constants:
+        part = b.constants[new].unsqueeze(a["dim"])
+    else:
+        shape = b.sample(value.narrow(a["dim"], index, 1))
+        part = b.reshape(node, f"{base}.reshape", b.tensor(new), shape)
+    return _overwritten(b, node, a["self"], a["dim"], index, index + 1, part)
+
+
+def _overwritten(
+    b: Builder, node: Node, old: Node, dim: int, start: int, stop: int, new: str | torch.Tensor
+) -> str:
+    """A tensor of which a part along an axis was overwritten: what is before it, it, the rest."""
+    shape = b.sample(node.meta["val"])
+    axis = dim % (len(shape) + 1) - 1
+    if axis < 0:
+        if isinstance(new, str) and b.tensors[new].shape == shape and start == 0:
+            return new
+        raise UnsupportedError("It writes into single samples. Write to all: x[:, ...] = y.")
+    parts: list[str | torch.Tensor] = [new]
+    for first, last in ((0, start), (stop, shape[axis])):
+        if first == last:
+            continue
+        if old in b.constants:
+            rest: str | torch.Tensor = b.constants[old].narrow(axis + 1, first, last - first)
+        else:
+            x = b.tensor(old)
+            b.shared.add(x)
+            rest = _cut(b, node, x, axis, first, last)
+        parts.insert(len(parts) if first else 0, rest)
+    return _joined(b, node, parts, axis, "join")
+
+
 # -- more elements ---------------------------------------------------------------------------------
+
+
+_TOO_MANY_AXES = f"It pads samples of {{}} axes, more than {MOST_AXES}. Pad under another view."
 
 
 @converts(_aten.constant_pad_nd.default, _aten.pad.default)
 def _pad(b: Builder, node: Node, a: dict[str, Any]) -> str:
-    if a.get("mode", "constant") != "constant":
-        raise UnsupportedError(
-            f"It pads with mode {a['mode']!r}. Only constants can be padded: take "
-            "mode='constant', and train again."
-        )
     x, shape = b.tensor(a["self"]), b.shape(node)
     widths, value = list(a["pad"]), float(a["value"] or 0)
+    if a.get("mode", "constant") != "constant":
+        return _pad_with_values(b, node, x, widths, a["mode"])
     widths += [0] * (2 * len(shape) - len(widths))
     if len(widths) > 2 * len(shape):
         raise UnsupportedError(
@@ -252,9 +457,7 @@ def _pad(b: Builder, node: Node, a: dict[str, Any]) -> str:
     if math.isnan(value):
         raise UnsupportedError("It pads with NaN, which no code stands for. Pad with a number.")
     if len(shape) > MOST_AXES:
-        raise UnsupportedError(
-            f"It pads samples of {len(shape)} axes, more than {MOST_AXES}. Pad under another view."
-        )
+        raise UnsupportedError(_TOO_MANY_AXES.format(len(shape)))
     # torch begins with the last axis.
     pairs = [(widths[2 * i], widths[2 * i + 1]) for i in range(len(shape))][::-1]
     for axis, (before, after) in enumerate(pairs):
@@ -266,6 +469,22 @@ def _pad(b: Builder, node: Node, a: dict[str, Any]) -> str:
         return x
     padding = tuple(n for both in pairs for n in both)
     return b.emit(node, Pad(b.name(node), (x,), padding, value), shape)
+
+
+def _pad_with_values(b: Builder, node: Node, x: str, widths: Sequence[int], mode: str) -> str:
+    """Padding with the tensor's own values: what each position shows is known beforehand."""
+    for i in range(len(widths) // 2):  # torch begins with the last axis
+        axis = len(b.tensors[x].shape) - 1 - i
+        size, positions = b.tensors[x].shape[axis], []
+        for position in range(-widths[2 * i], b.tensors[x].shape[axis] + widths[2 * i + 1]):
+            if mode == "circular":
+                positions.append(position % size)
+            elif mode == "replicate":
+                positions.append(min(max(position, 0), size - 1))
+            else:  # "reflect", by less than the size, so at one end at most
+                positions.append(size - 1 - abs(size - 1 - abs(position)))
+        x = _take(b, node, x, axis, positions)
+    return x
 
 
 def _repeat(b: Builder, node: Node, x: str, shape: Shape, advice: str) -> str:
@@ -303,7 +522,6 @@ def _resize(b: Builder, node: Node, a: dict[str, Any]) -> str:
     matrices = [_weights(node, b.tensors[x].shape, axis) for axis in range(1, len(wanted))]
     if all(torch.equal(m, _repetition(*m.shape)) for m in matrices):
         return _repeat(b, node, x, wanted, "")
-    base = b.base(node)
     for axis, matrix in reversed(list(enumerate(matrices, 1))):
         results, size = matrix.shape
         if torch.equal(matrix, torch.eye(size)):
@@ -313,12 +531,7 @@ def _resize(b: Builder, node: Node, a: dict[str, Any]) -> str:
                 f"It resizes {size:,} positions to {results:,}, which takes a weight for each "
                 "pair: too many. Take mode='nearest' with a whole scale_factor, and train again."
             )
-        order = list(range(len(wanted)))
-        order[axis], order[-1] = order[-1], order[axis]
-        x = b.permute(node, f"{base}.permute", x, order)
-        op = Linear(b.name(node), (x,))
-        x = b.emit(node, op, (*b.tensors[x].shape[:-1], results), matrix)
-        x = b.permute(node, f"{base}.permute", x, order)
+        x = along(b, node, x, axis, matrix)
     return x
 
 

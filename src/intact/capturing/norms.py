@@ -31,8 +31,8 @@ from torch.fx import Node
 
 from intact.capturing.building import Builder, UnsupportedError, converts
 from intact.capturing.layers import affine, normalize
-from intact.ops import Add, Conv2d, GlobalAvgPool, Multiply, Shape, Subtract, Table, Upsample
-from intact.pointwise import Pointwise, X
+from intact.ops import Add, Conv2d, GlobalAvgPool, Multiply, Shape, Subtract, Upsample
+from intact.pointwise import Pointwise, X, call
 
 __all__: list[str] = []
 
@@ -152,9 +152,7 @@ def _normalized(b: Builder, node: Node, x: str, norm: _Norm) -> str:
     def table(name: str, source: str, function: Pointwise, *, positive: bool = False) -> str:
         if positive:  # no code below 0 then, where the function may have no value
             b.clamp(source, 0.0, math.inf)
-        op = Table(b.unique(f"{base}.{name}"), (source,))
-        b.functions[op.name] = function
-        return b.emit(node, op, b.tensors[source].shape)
+        return b.table(node, name, source, function)
 
     def mean(name: str, source: str) -> str:
         channels = shape[0]
@@ -189,21 +187,17 @@ def _normalized(b: Builder, node: Node, x: str, norm: _Norm) -> str:
         op = Subtract(b.unique(f"{base}.centred"), (x, centre))
         difference = b.emit(node, op, shape)
     b.shared.add(difference)
-    size = mean("size", table("abs", difference, _call(_aten.abs.default, X)))
-    around = _call(_aten.add.Tensor, X, math.sqrt(norm.eps))
-    gain = table("gain", size, _call(_aten.rsqrt.default, around), positive=True)
+    size = mean("size", table("abs", difference, call(_aten.abs.default, X)))
+    around = call(_aten.add.Tensor, X, math.sqrt(norm.eps))
+    gain = table("gain", size, call(_aten.rsqrt.default, around), positive=True)
     z = times("scaled", difference, gain)
     b.shared.update((gain, z))
-    power = mean("power", table("square", z, _call(_aten.square.default, X)))
+    power = mean("power", table("square", z, call(_aten.square.default, X)))
     if norm.eps:
-        square = _call(_aten.square.default, X)
-        rest = table("eps", gain, _call(_aten.mul.Tensor, square, norm.eps))
+        square = call(_aten.square.default, X)
+        rest = table("eps", gain, call(_aten.mul.Tensor, square, norm.eps))
         power = b.emit(
             node, Add(b.unique(f"{base}.variance"), (power, rest)), b.tensors[rest].shape
         )
-    inverse = table("inverse", power, _call(_aten.rsqrt.default, X), positive=True)
+    inverse = table("inverse", power, call(_aten.rsqrt.default, X), positive=True)
     return times("normalized", z, inverse)
-
-
-def _call(target: Any, *arguments: Any) -> Pointwise:
-    return Pointwise(target, arguments, label=target.__name__.partition(".")[0])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from intact.capturing.building import Builder, Function, UnsupportedError, converts
-from intact.capturing.layers import as_image, pair
+from intact.capturing.building import Builder, Function, UnsupportedError, Value, converts
+from intact.capturing.layers import along, as_image, pair
 from intact.ops import (
     AvgPool2d,
     Concat,
@@ -22,15 +21,19 @@ from intact.ops import (
     Pair,
     Shape,
     Slice,
+    Subtract,
+    Upsample,
 )
-from intact.pointwise import Pointwise, X
+from intact.pointwise import Pointwise, X, call
 
 __all__: list[str] = []
 
 _aten = torch.ops.aten
 
 MOST_WEIGHTS = 2**22
-"""Of an average pool with irregular windows, which is a matrix product over all positions."""
+"""Of an average pool with irregular windows, which is a matrix product, along an axis."""
+MOST_TOGETHER = 2**16
+"""Of the same over both axes at once."""
 MOST_WINDOWS = 64
 """Rows and columns of an irregular max pool, each of which takes three operations."""
 
@@ -156,14 +159,25 @@ def _max_along(b: Builder, node: Node, x: str, axis: int, windows: Sequence[Pair
     return b.emit(node, Concat(b.unique(base), tuple(parts), axis), joined)
 
 
-@converts(_aten.amax.default)
+def _largest(b: Builder, node: Node, x: str, dim: int | Sequence[int] | None) -> str:
+    x, count, shape = _reduced(b, node, x, dim)
+    if count > 1:
+        op = MaxPool2d(b.name(node), (x,), (1, count), (1, count))
+        x = b.emit(node, op, (*b.tensors[x].shape[:2], 1))
+    return b.reshape(node, f"{b.base(node)}.reshape", x, shape)
+
+
+@converts(_aten.amax.default, _aten.max.dim)
 def _amax(b: Builder, node: Node, a: dict[str, Any]) -> str:
-    x, _, count, shape = _reduced(b, node, a)
-    if count == 1:
-        return b.reshape(node, f"{b.base(node)}.reshape", x, shape)
-    op = MaxPool2d(b.name(node), (x,), (1, count), (1, count))
-    pooled = (*b.tensors[x].shape[:2], 1)
-    return b.reshape(node, f"{b.base(node)}.reshape", b.emit(node, op, pooled), shape)
+    return _largest(b, node, b.tensor(a["self"]), a["dim"])
+
+
+@converts(_aten.amin.default, _aten.min.dim)
+def _amin(b: Builder, node: Node, a: dict[str, Any]) -> Function:
+    """The maximum of what has the other sign."""
+    root, inner = b.expression(a["self"])
+    opposite = b.table(node, "negative", root, call(_aten.neg.default, inner))
+    return Function(_largest(b, node, opposite, a["dim"]), call(_aten.neg.default, X))
 
 
 # -- averages --------------------------------------------------------------------------------------
@@ -261,37 +275,53 @@ def _irregular(
     divisor          of all windows, instead of what they count
 
     Each row of the matrix holds one value and zeros, so its codes are exact, and its scale makes
-    its own multiplier: every position divides by its own count.
+    its own multiplier: every position divides by its own count. More than `MOST_TOGETHER` weights
+    become a product along columns and one along rows, which rounds once more, but over the 35x35
+    positions of an Inception takes 70 multiplications a value instead of 1,225.
     """
     channels, *size = b.tensors[x].shape
-    positions, results = math.prod(size), math.prod(shape[1:])
-    if positions * results > MOST_WEIGHTS:
-        raise UnsupportedError(
-            f"Its windows differ in size, which takes a weight per pair of its {positions:,} "
-            f"positions and {results:,} results: too many. Choose an output size that divides the "
-            "input's, or count_include_pad=True without ceil_mode."
-        )
+    if divisor is not None:
+        counts = [[1] * shape[1], [divisor] * shape[2]]
     sides = []
-    for n, side in zip(size, windows, strict=True):
-        side_matrix = torch.zeros(len(side), n, dtype=torch.float64)
-        for row, (start, stop) in zip(side_matrix, side, strict=True):
-            row[start:stop] = 1
-        sides.append(side_matrix)
-    sizes = torch.tensor([i * j for i, j in product(*counts)], dtype=torch.float64)
-    matrix = torch.kron(*sides) / (sizes[:, None] if divisor is None else divisor)
+    for n, side, sizes in zip(size, windows, counts, strict=True):
+        matrix = torch.zeros(len(side), n, dtype=torch.float64)
+        for row, (start, stop), count in zip(matrix, side, sizes, strict=True):
+            row[start:stop] = 1 / count
+        if matrix.numel() > MOST_WEIGHTS:
+            raise UnsupportedError(
+                f"Its windows differ in size, which takes a weight per pair of {n:,} positions and "
+                f"{len(side):,} results along an axis: too many. Choose an output size that "
+                "divides the input's, or count_include_pad=True without ceil_mode."
+            )
+        sides.append(matrix)
+    if sides[0].numel() * sides[1].numel() > MOST_TOGETHER:
+        for axis in (2, 1):
+            x = along(b, node, x, axis, sides[axis - 1])
+        return x
     base = b.base(node)
-    flat = b.reshape(node, f"{base}.flatten", x, (channels, positions))
+    flat = b.reshape(node, f"{base}.flatten", x, (channels, math.prod(size)))
     op = Linear(b.name(node), (flat,))
-    pooled = b.emit(node, op, (channels, results), matrix)
+    pooled = b.emit(node, op, (channels, math.prod(shape[1:])), torch.kron(*sides))
     return b.reshape(node, f"{base}.reshape", pooled, shape)
 
 
-def _reduced(b: Builder, node: Node, a: dict[str, Any]) -> tuple[str, str, int, Shape]:
-    """What is reduced as an image `[kept, 1, reduced]`: it, the tensor, count, result's shape."""
-    tensor = b.tensor(a["self"])
-    size = b.tensors[tensor].shape
-    dims = a["dim"] if isinstance(a["dim"], Sequence) else [a["dim"]]
-    axes = sorted({d % (len(size) + 1) for d in dims if d is not None})
+# -- over any axes ---------------------------------------------------------------------------------
+
+
+def _axes(dim: int | Sequence[int] | None, rank: int) -> list[int]:
+    """Axes of a batch as an operation names them, in order; none where it names none."""
+    dims = dim if isinstance(dim, Sequence) else [] if dim is None else [dim]
+    return sorted({d % rank for d in dims})
+
+
+def _reduced(
+    b: Builder, node: Node, x: str, dim: int | Sequence[int] | None
+) -> tuple[str, int, Shape]:
+    """What is reduced as an image `[kept, 1, reduced]`, how many values each result stands for, and
+    the shape of the results.
+    """
+    size = b.tensors[x].shape
+    axes = _axes(dim, len(size) + 1)
     if not axes or 0 in axes:
         raise UnsupportedError(
             "It reduces the batch, too. Name the axes, without the first one: x.mean((2, 3))."
@@ -299,29 +329,73 @@ def _reduced(b: Builder, node: Node, a: dict[str, Any]) -> tuple[str, str, int, 
     reduced = [d - 1 for d in axes]
     kept = [i for i in range(len(size)) if i not in reduced]
     base, count = b.base(node), math.prod(size[i] for i in reduced)
-    x = b.permute(node, f"{base}.permute", tensor, (*kept, *reduced))
+    x = b.permute(node, f"{base}.permute", x, (*kept, *reduced))
     image = (math.prod(size[i] for i in kept), 1, count)
-    return b.reshape(node, f"{base}.image", x, image), tensor, count, b.shape(node)
+    return b.reshape(node, f"{base}.image", x, image), count, b.shape(node)
 
 
-@converts(_aten.mean.dim)
-def _mean(b: Builder, node: Node, a: dict[str, Any]) -> str:
-    x = b.tensor(a["self"])
+def _average(b: Builder, node: Node, x: str, dim: int | Sequence[int] | None) -> str:
     size = b.tensors[x].shape
-    dims = {d % (len(size) + 1) for d in a["dim"] or ()}
-    if len(size) == 3 and dims == {2, 3}:
+    if len(size) == 3 and _axes(dim, 4) == [2, 3]:
         name = b.emit(node, GlobalAvgPool(b.name(node), (x,)), (size[0], 1, 1))
         return b.reshape(node, f"{name}.reshape", name, b.shape(node))
-    image, _, _, shape = _reduced(b, node, a)
+    image, _, shape = _reduced(b, node, x, dim)
     pooled = (*b.tensors[image].shape[:1], 1, 1)
     name = b.emit(node, GlobalAvgPool(b.name(node), (image,)), pooled)
     return b.reshape(node, f"{name}.reshape", name, shape)
 
 
-@converts(_aten.sum.dim_IntList)
-def _sum(b: Builder, node: Node, a: dict[str, Any]) -> Function:
+@converts(_aten.mean.dim)
+def _mean(b: Builder, node: Node, a: dict[str, Any]) -> str:
+    return _average(b, node, b.tensor(a["self"]), a["dim"])
+
+
+def _total(b: Builder, node: Node, x: str, dim: int | Sequence[int] | None) -> Function:
     """The mean, and then the count as a factor."""
-    count = math.prod(b.tensors[b.tensor(a["self"])].shape) // math.prod(b.shape(node))
-    name = _mean(b, node, a)
+    name = _average(b, node, x, dim)
+    count = math.prod(b.tensors[x].shape) // math.prod(b.shape(node))
     b.shared.add(name)  # the factor must not be folded into anything but a table
     return Function(name, Pointwise(_aten.mul.Tensor, (X, count), label="sum"))
+
+
+@converts(_aten.sum.dim_IntList)
+def _sum(b: Builder, node: Node, a: dict[str, Any]) -> Function:
+    return _total(b, node, b.tensor(a["self"]), a["dim"])
+
+
+@converts(_aten.linalg_vector_norm.default)
+def _vector_norm(b: Builder, node: Node, a: dict[str, Any]) -> Value:
+    """A root of the sum of powers; of order infinity the largest."""
+    order = float(a["ord"])
+    if order <= 0:
+        raise UnsupportedError(f"Its order is {a['ord']}; it must be positive: take ord=2.")
+    root, inner = b.expression(a["self"])
+    size = call(_aten.abs.default, inner)
+    if order == math.inf:
+        return _largest(b, node, b.table(node, "size", root, size), a["dim"])
+    powers = b.table(node, "power", root, call(_aten.pow.Tensor_Scalar, size, order))
+    total = _total(b, node, powers, a["dim"])
+    return Function(total.root, call(_aten.pow.Tensor_Scalar, total.function, 1 / order))
+
+
+@converts(_aten.var.correction)
+def _variance(b: Builder, node: Node, a: dict[str, Any]) -> Function:
+    """The mean square of what is left without the mean."""
+    x = b.tensor(a["self"])
+    image, count, shape = _reduced(b, node, x, a["dim"])
+    correction = 1 if a["correction"] is None else a["correction"]
+    if count <= correction:
+        raise UnsupportedError("It is the variance of single values. Leave it out.")
+    base, kept = b.base(node), (b.tensors[image].shape[0], 1, 1)
+    b.shared.update((x, image))
+
+    def mean(name: str, source: str) -> str:
+        return b.emit(node, GlobalAvgPool(b.unique(f"{base}.{name}"), (source,)), kept)
+
+    centre = Upsample(b.unique(f"{base}.expand"), (mean("mean", image),), (1, 1, count))
+    operands = (image, b.emit(node, centre, b.tensors[image].shape))
+    rest = b.emit(node, Subtract(b.unique(f"{base}.centred"), operands), b.tensors[image].shape)
+    power = mean("power", b.table(node, "square", rest, call(_aten.square.default, X)))
+    name = b.reshape(node, f"{base}.reshape", power, shape)
+    b.shared.add(name)
+    return Function(name, call(_aten.mul.Tensor, X, count / (count - correction)))
