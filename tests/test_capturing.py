@@ -668,7 +668,11 @@ def written(x, where):
         (lambda x: x.argmax(1), VECTOR, "take the argmax of the network's output"),
         (lambda x: x + torch.rand_like(x), IMAGE, "1. rand_like in Call"),
         (lambda x: x + torch.ones(300, 300), (1, 300, 300), r"there are 90,000, more than 65,536"),
-        (lambda x: x * torch.ones(11, 1, 1, 1), IMAGE, "differs from sample to sample"),
+        (
+            lambda x: x * torch.arange(11.0)[:, None, None, None],
+            IMAGE,
+            "differs from sample to sample",
+        ),
         (lambda x: torch.where(x > 0, x, torch.arange(8.0)), IMAGE, "differs by position"),
         (lambda x: F.avg_pool3d(x[:, None], 2), IMAGE, "1. avg_pool3d(.|\n)*Fold the depth"),
         (lambda x: x / 0, IMAGE, "divides by a constant that holds 0"),

@@ -656,6 +656,7 @@ PLACES = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 COMPOSED = {
     "an embedding of positions": (lambda x: torch.relu(x) + PLACES, IMAGE),
+    "an embedding for the whole batch": (lambda x: x + PLACES.repeat(len(x), 1, 1, 1), IMAGE),
     "factors by position": (lambda x: x * PLACES[:, :1] + 1, IMAGE),
     "factors by row and channel": (lambda x: PLACES[:, :, :, :1] - x, IMAGE),
     "an embedding of tokens": (lambda x: x + PLACES[0, 0, :, :3], (8, 3)),

@@ -235,14 +235,22 @@ def _constant(b: Builder, value: Any) -> torch.Tensor | None:
     return None
 
 
+def _of_a_sample(constant: torch.Tensor | None, rank: int) -> torch.Tensor | None:
+    """A constant that was made for a whole batch, as one sample has it, where all have the same."""
+    if constant is not None and constant.ndim == rank and bool((constant == constant[:1]).all()):
+        return constant[:1]
+    return constant
+
+
 def _scaled(
     b: Builder, node: Node, x: Node, factor: torch.Tensor | None, offset: torch.Tensor | None
 ) -> Value:
     """`x * factor + offset` with constants: folded into a layer, a table, or a layer of its own."""
     bound = b.bound[x]
     _check_shape(b, node, _root(bound))
-    constants = [c for c in (factor, offset) if c is not None]
     rank = len(b.tensors[_root(bound)].shape) + 1
+    factor, offset = _of_a_sample(factor, rank), _of_a_sample(offset, rank)
+    constants = [c for c in (factor, offset) if c is not None]
     axes = set().union(*(_axes(c, rank) for c in constants))
     if 0 in axes:
         raise UnsupportedError(
