@@ -130,7 +130,8 @@ GENTLE = 2e-4
 NETWORK_SCHEDULES: Mapping[str, tuple[Schedule, ...]] = {
     "resnet8": (
         replace(RESIDUAL, epochs=100),
-        replace(AGAIN, weight_decay=1e-4, cutout=0, smoothing=0.0),  # too small to overfit
+        # Too small to overfit.
+        replace(AGAIN, epochs=30, weight_decay=1e-4, cutout=0, smoothing=0.0),
     ),
     "resnet20": (RESIDUAL, AGAIN),
     "mobilenetv2": (
