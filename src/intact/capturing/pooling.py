@@ -352,8 +352,9 @@ def _mean(b: Builder, node: Node, a: dict[str, Any]) -> str:
 
 def _total(b: Builder, node: Node, x: str, dim: int | Sequence[int] | None) -> Function:
     """The mean, and then the count as a factor."""
-    count = math.prod(b.tensors[x].shape) // math.prod(b.shape(node))
+    size = math.prod(b.tensors[x].shape)
     name = _average(b, node, x, dim)  # which may take back the op that made `x`
+    count = size // math.prod(b.shape(node))
     b.shared.add(name)  # the factor must not be folded into anything but a table
     return Function(name, Pointwise(_aten.mul.Tensor, (X, count), label="sum"))
 
