@@ -104,8 +104,8 @@ def _add_train_command(network: str, title: str) -> None:
                 "--epochs",
                 metavar="N",
                 min=1,
-                help="Passes over the training images; if left out, as many as take CIFAR-10 "
-                "about an hour on two cores.",
+                help="Passes over the training images, by the first schedule alone; if left out, "
+                "all schedules, which take CIFAR-10 about an hour on two cores.",
             ),
         ] = None,
         seed: SeedOption = 0,
